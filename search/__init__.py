@@ -1,0 +1,5 @@
+"""Which plan is fastest and fits. No device needed."""
+
+from search.plan import Plan
+
+__all__ = ["Plan"]

@@ -1,0 +1,109 @@
+"""Mesh axis names and the only maker of meshes.
+
+    shape = MeshShape(data=2, tensor=4)
+    mesh = make_mesh(shape)              # all six axes, slowest link first
+
+Every mesh carries all six axes, so that a plan never asks whether an axis exists: an unused one has size 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+DATA = "data"
+FSDP = "fsdp"
+STAGE = "stage"
+EXPERT = "expert"
+CONTEXT = "context"
+TENSOR = "tensor"
+AXES = (DATA, FSDP, STAGE, EXPERT, CONTEXT, TENSOR)
+"""Mesh axes, slowest link first: neighbours in `tensor` sit next to each other."""
+BATCH_AXES = (DATA, FSDP)
+"""Axes that split the batch: fsdp devices hold different examples and share the parameters' bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Number of devices along each mesh axis.
+
+    >>> str(MeshShape(data=2, tensor=4))
+    'data=2,tensor=4'
+    >>> MeshShape.parse("fsdp=8").size
+    8
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    stage: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for axis, size in self.sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"mesh axis {axis!r} has size {size!r}; sizes are integers from 1 up")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def batch_shards(self) -> int:
+        """Number of ways the batch is split."""
+        return math.prod(self.sizes[axis] for axis in BATCH_AXES)
+
+    @classmethod
+    def parse(cls, text: str) -> MeshShape:
+        """Read `"data=2,tensor=4"`.
+
+        Raises:
+            ValueError: an unknown axis (the nearest name is given), or a size that is not a whole number.
+        """
+        import difflib
+
+        sizes: dict[str, int] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            name, _, size = part.partition("=")
+            if name not in AXES:
+                near = difflib.get_close_matches(name, AXES, n=1, cutoff=0.0)[0]
+                raise ValueError(f"unknown mesh axis {name!r} in {text!r}; did you mean {near!r}? (axes: {', '.join(AXES)})")
+            if not size.isdigit() or int(size) < 1:
+                raise ValueError(f"mesh axis {part!r} in {text!r}: write it as {name}=N with N at least 1")
+            sizes[name] = int(size)
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        used = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
+        return ",".join(used) or "data=1"
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lay devices out as a mesh with all six axes, automatic partitioning on each.
+
+    Args:
+        shape: devices per axis; their product is the number of devices used.
+        devices: default `jax.devices()`. On accelerators `jax.make_mesh` places neighbours on fast links.
+
+    Raises:
+        ValueError: the devices are not as many as the shape asks for.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if len(devices) != shape.size:
+        raise ValueError(f"mesh {shape} needs {shape.size} devices, but {len(devices)} are there")
+    sizes = tuple(shape.sizes.values())
+    types = (AxisType.Auto,) * len(AXES)
+    if devices[0].platform == "cpu":
+        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)

@@ -1,0 +1,24 @@
+"""Test session: 8 virtual CPU devices, a persistent compilation cache, strict promotion, warnings are errors."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAG = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import pytest
+
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "redco-like-test-cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices():
+    if jax.device_count() < 8:
+        raise RuntimeError(f"tests need 8 virtual CPU devices, found {jax.device_count()}")
