@@ -1,55 +1,155 @@
-"""First working version of the layout: batch over the batch axes, parameters replicated."""
+"""The one object the runtime asks: specs of everything, and the pinned function.
+
+    traced = trace(loss, params, batch, rng, names=("params", "batch", "rng"))
+    layout = make_layout(traced, MeshShape(fsdp=2, tensor=4), preset="fsdp+megatron")
+    layout.specs("params"); layout.specs("batch"); layout.pin(make_mesh(layout.mesh_shape))
+    print(layout.explain())
+
+Only `pin` needs devices.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import math
-from jax.extend.core import jaxpr_as_fun
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec
 
-from sharding_rules.mesh import BATCH_AXES, MeshShape
+from sharding_rules.assignment import Assignment, assign
+from sharding_rules.assignment import preset as preset_assignment
+from sharding_rules.axes import AxisTable, infer_axes, size_of
+from sharding_rules.mesh import MeshShape
+from sharding_rules.partition import Shares, array_spec, bytes_per_device, override, param_shares, state_specs
+from sharding_rules.pin import POLICIES, Pinner
+from sharding_rules.roles import Rows, find_rows
 from sharding_rules.trace import TracedFunction
-
-
-class PlanError(ValueError):
-    """A plan that cannot be carried out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    traced: TracedFunction
-    mesh_shape: MeshShape
+    """A traced function, its axes, and their assignment to a mesh.
+
+    Attributes:
+        table: inferred axes.
+        rows: axes grouped into decisions.
+        assignment: rows -> mesh axes.
+        params: name of the argument that holds the parameters.
+    """
+
+    table: AxisTable
+    rows: Rows
+    assignment: Assignment
+    params: str = "params"
+
+    @property
+    def traced(self) -> TracedFunction:
+        return self.table.traced
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        return self.assignment.mesh
+
+    @functools.cached_property
+    def param_shares(self) -> dict[str, tuple[Shares, Shares]]:
+        """Parameter path -> split while computing, split at rest."""
+        return {
+            path: param_shares(self.assignment, path, dims)
+            for path, dims in zip(self.table.paths(self.params), self.table.inputs(self.params), strict=True)
+        }
 
     def specs(self, name: str) -> Any:
-        if name == "batch":
-            return jax.tree.map(lambda x: P(BATCH_AXES) if x.ndim and x.shape[0] % self.mesh_shape.batch_shards == 0
-                                else P(), self.traced.arg(name))
-        return jax.tree.map(lambda _: P(), self.traced.arg(name))
+        """PartitionSpecs of one argument at rest, with the argument's structure."""
+        if name == self.params:
+            return self._tree(name, [rest for _, rest in self.param_shares.values()])
+        return self._tree(name, [array_spec(self.assignment, dims) for dims in self.table.inputs(name)])
 
-    compute_specs = specs
+    def compute_specs(self, name: str) -> Any:
+        """PartitionSpecs of one argument while it is used: parameters with their fsdp shards gathered."""
+        if name == self.params:
+            return self._tree(name, [compute for compute, _ in self.param_shares.values()])
+        return self.specs(name)
 
     @property
     def out_specs(self) -> Any:
-        return jax.tree.map(lambda _: P(), self.traced.out)
+        """PartitionSpecs of the function's results."""
+        specs = [array_spec(self.assignment, dims).spec for dims in self.table.outputs()]
+        return jax.tree.unflatten(jax.tree.structure(self.traced.out), specs)
 
-    def state_specs(self, abstract_state: Any, update=None) -> Any:
-        return jax.tree.map(lambda _: P(), abstract_state)
+    def state_specs(self, abstract_state: Any) -> Any:
+        """PartitionSpecs of an optimizer state over these parameters, by tree path and shape."""
+        return state_specs(abstract_state, self.traced.arg(self.params), self.specs(self.params))[0]
 
-    def pin(self, mesh: Mesh, remat: str = "none"):
-        def pinned(*args):
-            flat = jaxpr_as_fun(self.traced.jaxpr)(*jax.tree.leaves(args))
-            return jax.tree.unflatten(jax.tree.structure(self.traced.out), flat)
+    def pin(self, mesh: Mesh, remat: str = "none") -> Callable[..., Any]:
+        """The function with its intermediates pinned: same arguments, same results, differentiable; call it under `jit`.
+
+        Args:
+            mesh: made by `make_mesh` with this layout's shape.
+            remat: "none", "dots" (matrix products are kept) or "full" (only block inputs are kept).
+        """
+        if remat != "none" and remat not in POLICIES:
+            raise ValueError(f"remat={remat!r}; one of none, {', '.join(POLICIES)}")
+        if dict(mesh.shape) != self.mesh_shape.sizes:
+            raise ValueError(f"this layout is for mesh {self.mesh_shape}, not {dict(mesh.shape)}")
+        pinner = Pinner(self.table, self.assignment, mesh, remat)
+        structure = jax.tree.structure(self.traced.args)
+        out = jax.tree.structure(self.traced.out)
+
+        def pinned(*args: Any) -> Any:
+            flat, given = jax.tree.flatten(args)
+            if given != structure:
+                raise ValueError(f"arguments do not have the structure that was traced: {given} against {structure}")
+            return jax.tree.unflatten(out, pinner(*flat))
+
         return pinned
 
-    def explain(self) -> str:
-        return f"mesh {self.mesh_shape}: batch split, parameters replicated"
-
     def bytes_per_device(self, name: str) -> int:
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self.traced.arg(name)))
+        """Bytes of one argument on one device, at rest."""
+        leaves = jax.tree.leaves(self.traced.arg(name))
+        specs = jax.tree.leaves(self.specs(name), is_leaf=lambda x: isinstance(x, PartitionSpec))
+        total = 0
+        for leaf, spec in zip(leaves, specs, strict=True):
+            entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+            total += bytes_per_device(leaf, entries, self.mesh_shape)
+        return total
+
+    def explain(self) -> str:
+        """The plan as tables, and the reason for what is whole."""
+        from sharding_rules.explain import explain
+
+        return explain(self)
+
+    def _tree(self, name: str, shares: Sequence[Shares]) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(self.traced.arg(name)), [s.spec for s in shares])
 
 
-def make_layout(traced: TracedFunction, mesh_shape: MeshShape, preset: str = "data", rules=()) -> Layout:
-    return Layout(traced, mesh_shape)
+def make_layout(
+    traced: TracedFunction, mesh_shape: MeshShape, preset: str = "data", *, rules: Sequence[tuple[str, Any]] = (),
+    table: dict[str, Any] | None = None, params: str = "params", batch: str = "batch",
+) -> Layout:
+    """Infer axes and assign them to a mesh.
+
+    Args:
+        traced: the function.
+        mesh_shape: devices per mesh axis.
+        preset: a preset (`PRESETS`), parts joined by `+`.
+        rules: `(path pattern, spec)` pairs over the preset's specs.
+        table: instead of a preset, mesh axes by row name.
+
+    Raises:
+        PlanError: see `preset`, `assign` and `override`.
+    """
+    axes = infer_axes(traced, params=params, batch=batch)
+    rows = find_rows(axes, params=params, batch=batch)
+    if table is not None:
+        assignment = assign(axes, rows, table, mesh_shape, params=params)
+    else:
+        assignment = preset_assignment(preset, axes, rows, mesh_shape, params=params)
+    if rules:
+        shapes = [tuple(size_of(dim) for dim in dims) for dims in axes.inputs(params)]
+        stated = override(axes.paths(params), shapes, rules, mesh_shape)
+        assignment = dataclasses.replace(assignment, by_path={**assignment.by_path, **stated})
+    return Layout(axes, rows, assignment, params)
+

@@ -24,8 +24,9 @@ CONTEXT = "context"
 TENSOR = "tensor"
 AXES = (DATA, FSDP, STAGE, EXPERT, CONTEXT, TENSOR)
 """Mesh axes, slowest link first: neighbours in `tensor` sit next to each other."""
-BATCH_AXES = (DATA, FSDP)
-"""Axes that split the batch: fsdp devices hold different examples and share the parameters' bytes."""
+BATCH_AXES = (DATA, FSDP, EXPERT)
+"""Axes that split the batch: fsdp devices hold different examples and share the parameters' bytes; expert devices hold
+different examples outside the experts."""
 
 
 @dataclasses.dataclass(frozen=True)

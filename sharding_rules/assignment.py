@@ -1,0 +1,363 @@
+"""Logical axes to mesh axes: the table that is the plan.
+
+    assignment = preset("fsdp+megatron", table, rows, MeshShape(data=2, fsdp=2, tensor=2))
+    assignment = assign(table, rows, {"batch": ("data",), "mlp": ("tensor",)}, mesh_shape)
+
+A preset is parts joined by `+`, each a small function that adds to the table:
+
+* `data`: examples over the batch axes (always there);
+* `fsdp`: parameters and optimizer state at rest over `fsdp` (ZeRO-3, Rajbhandari et al. 2020);
+* `megatron`: one axis of every weight over `tensor` (Shoeybi et al. 2019), found as the independent set of rows that covers
+  most of the model's flops: no two of its rows meet in one parameter;
+* `sequence`: activations between blocks over `tensor` along length (Korthikanti et al. 2022); with `megatron`;
+* `redco`: Redco's two rules by parameter name (Tan et al. 2023), for comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from sharding_rules.axes import Axis, AxisTable, Contraction, leaves, size_of
+from sharding_rules.errors import PlanError
+from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, EXPERT, STAGE, TENSOR, MeshShape
+from sharding_rules.roles import NEVER_SPLIT, Row, Rows
+
+CHEAP_TO_REPLICATE = frozenset({"vocab", "output", "feature", "channel", "fused"})
+"""Roles whose indivisible rows a preset leaves whole, saying so; for the others it refuses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Which mesh axes each row is split over.
+
+    Attributes:
+        rows: the rows of the model.
+        mesh: devices per mesh axis.
+        compute: row name -> mesh axes while computing; earlier rows win where two meet in one activation.
+        spill: like `compute`, for activations whose mesh axes no row of `compute` took (sequence parallelism).
+        by_path: parameter path -> mesh axes of each dimension; overrides and name-based presets.
+        storage: whether parameters at rest are also split over `fsdp`.
+        notes: what was left whole, and why.
+    """
+
+    rows: Rows
+    mesh: MeshShape
+    compute: Mapping[str, tuple[str, ...]]
+    spill: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    by_path: Mapping[str, tuple[tuple[str, ...], ...]] = dataclasses.field(default_factory=dict)
+    storage: bool = False
+    notes: tuple[str, ...] = ()
+
+    def ways(self, axes: Sequence[str]) -> int:
+        """Number of parts that a split over `axes` makes."""
+        ways = 1
+        for axis in axes:
+            ways *= self.mesh.sizes[axis]
+        return ways
+
+
+def assign(
+    table: AxisTable, rows: Rows, compute: Mapping[str, Sequence[str] | str], mesh: MeshShape, *, params: str = "params"
+) -> Assignment:
+    """Make an assignment from a table of row names, checked for legality.
+
+    Raises:
+        PlanError: an unknown row or mesh axis; a size that its mesh axes do not divide; two rows of one parameter on one
+            mesh axis.
+    """
+    plain = {name: (axes,) if isinstance(axes, str) else tuple(axes) for name, axes in compute.items()}
+    for name, axes in plain.items():
+        if name not in {row.name for row in rows.rows}:
+            raise PlanError(f"no axis called {name!r}; this model has {', '.join(row.name for row in rows.rows)}")
+        for axis in axes:
+            if axis not in AXES:
+                raise PlanError(f"axis {name!r} is assigned to {axis!r}, which is no mesh axis ({', '.join(AXES)})")
+    assignment = Assignment(rows, mesh, plain)
+    for name, axes in plain.items():
+        row = rows[name]
+        if row.role != "batch" and row.size % assignment.ways(axes):
+            raise indivisible(table, rows, row, axes, mesh, params=params)
+    for path, dims in zip(table.paths(params), table.inputs(params), strict=True):
+        owner: dict[str, tuple[int, str]] = {}
+        for i, dim in enumerate(dims):
+            for name in {r.name for axis in dim if (r := rows.of(axis))}:
+                for axis in plain.get(name, ()):
+                    if mesh.sizes[axis] > 1 and axis in owner and owner[axis] != (i, name):
+                        j, other = owner[axis]
+                        if other != name:
+                            raise PlanError(
+                                f"mesh axis {axis!r} would split two dimensions of parameter {path!r} "
+                                f"(shape {tuple(size_of(d) for d in dims)}): dimension {j} ({other}) and dimension {i} ({name}); "
+                                f"assign only one of them to {axis!r}"
+                            )
+                    owner.setdefault(axis, (i, name))
+    return assignment
+
+
+def indivisible(
+    table: AxisTable, rows: Rows, row: Row, axes: Sequence[str], mesh: MeshShape, *, params: str = "params"
+) -> PlanError:
+    """The error for a row that its mesh axes do not divide, with the parameter and the nearest mesh that works."""
+    ways = 1
+    for axis in axes:
+        ways *= mesh.sizes[axis]
+    where = f"axis {row.name}"
+    for path, dims in zip(table.paths(params), table.inputs(params), strict=True):
+        hit = [i for i, dim in enumerate(dims) if any(rows.of(axis) is row for axis in _with_segments(dim))]
+        if hit:
+            where = f"parameter {path!r}, dimension {hit[0]} of shape {tuple(size_of(d) for d in dims)}"
+            break
+    message = f"{where}: {row.name} has {row.size} elements, which {'*'.join(axes)}={ways} does not divide"
+    if len(axes) == 1:
+        legal = [t for t in range(1, min(row.size, mesh.size) + 1) if row.size % t == 0 and mesh.size % t == 0]
+        nearest = min(legal, key=lambda t: (abs(t - ways), -t))
+        other = dataclasses.replace(mesh, data=1, **{axes[0]: nearest})
+        fixed = dataclasses.replace(other, data=mesh.size // other.size) if mesh.size % other.size == 0 else None
+        if fixed is None:
+            fixed = MeshShape(data=mesh.size // nearest, **{axes[0]: nearest})
+        message += f"; the nearest mesh that works is {fixed}"
+    return PlanError(message)
+
+
+Part = Callable[[AxisTable, Rows, MeshShape, str], dict]
+
+
+def preset(
+    name: str, table: AxisTable, rows: Rows, mesh: MeshShape, *, params: str = "params"
+) -> Assignment:
+    """The assignment of a preset such as `"fsdp+megatron"`.
+
+    Raises:
+        PlanError: an unknown preset, a mesh axis above 1 that the preset leaves unused, sizes that do not divide.
+    """
+    parts = name.split("+")
+    unknown = [part for part in parts if part not in PRESETS]
+    if unknown:
+        raise PlanError(f"unknown preset {unknown[0]!r} in {name!r}; presets are {', '.join(PRESETS)}, joined by '+'")
+    compute: dict[str, tuple[str, ...]] = {}
+    more: dict = {"spill": {}, "by_path": {}, "storage": False, "notes": []}
+    for part in sorted(set(parts), key=list(PRESETS).index):
+        result = PRESETS[part](table, rows, mesh, params)
+        compute |= result.pop("compute", {})
+        more["notes"] += result.pop("notes", [])
+        for key, value in result.items():
+            more[key] = more[key] | value if isinstance(value, dict) else value
+    # Rows of experts and tensors come first: where they meet the batch in one activation, they win the mesh axis.
+    compute |= {row.name: BATCH_AXES for row in rows.rows if row.role == "batch"}
+    if mesh.expert > 1:
+        experts = [row for row in rows.rows if row.role == "expert"]
+        for row in experts:
+            if row.size % mesh.expert:
+                raise indivisible(table, rows, row, (EXPERT,), mesh, params=params)
+        compute = {row.name: (EXPERT,) for row in experts} | compute
+    if mesh.context > 1:
+        compute |= {row.name: (CONTEXT,) for row in rows.rows if row.role == "length" and row.size % mesh.context == 0}
+    used = {axis for axes in (*compute.values(), *more["spill"].values()) for axis in axes}
+    used |= {axis for spec in more["by_path"].values() for axes in spec for axis in axes}
+    idle = [axis for axis, size in mesh.sizes.items() if size > 1 and axis not in used]
+    if idle:
+        raise PlanError(f"mesh {mesh} has {idle[0]}={mesh.sizes[idle[0]]}, but preset {name!r} splits nothing over it on this "
+                        f"model: the devices along it would repeat each other's work. {_advice(idle[0])}")
+    return Assignment(rows, mesh, compute, more["spill"], more["by_path"], more["storage"], tuple(more["notes"]))
+
+
+def _advice(axis: str) -> str:
+    return {
+        TENSOR: "Add '+megatron' to the preset, or give its devices to data or fsdp",
+        EXPERT: "The model has no experts: give its devices to data or fsdp",
+        CONTEXT: "No length of this model divides by it: give its devices to data or fsdp",
+        STAGE: "Pipeline stages are not run by this step: give its devices to data or fsdp",
+    }.get(axis, "Give its devices to another axis")
+
+
+def _data(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dict:
+    return {}
+
+
+def _fsdp(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dict:
+    return {"storage": True}
+
+
+def _megatron(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dict:
+    if mesh.tensor == 1:
+        return {}
+    graph = _Conflicts(table, rows, params)
+    best = graph.cover(lambda row: True)
+    chosen = graph.cover(lambda row: row.size % mesh.tensor == 0)
+    notes = []
+    for row in graph.candidates:
+        if row.size % mesh.tensor == 0 or row not in best:
+            continue
+        if row.role in CHEAP_TO_REPLICATE or graph.covers(chosen, row):
+            notes.append(f"{row.name} ({row.size}) is not split: tensor={mesh.tensor} does not divide it")
+        else:
+            raise indivisible(table, rows, row, (TENSOR,), mesh, params=params)
+    return {"compute": {row.name: (TENSOR,) for row in chosen}, "notes": notes}
+
+
+def _sequence(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dict:
+    if mesh.tensor == 1:
+        return {}
+    lengths = [row for row in rows.rows if row.role == "length"]
+    return {
+        "spill": {row.name: (TENSOR,) for row in lengths if row.size % mesh.tensor == 0},
+        "notes": [f"{row.name} ({row.size}) is not split: tensor={mesh.tensor} does not divide it"
+                  for row in lengths if row.size % mesh.tensor],
+    }
+
+
+def _redco(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dict:
+    shapes = {path: tuple(size_of(dim) for dim in dims)
+              for path, dims in zip(table.paths(params), table.inputs(params), strict=True)}
+    return {"by_path": redco_rules(shapes, mesh.tensor)} if mesh.tensor > 1 else {}
+
+
+PRESETS: dict[str, Part] = {
+    "data": _data, "fsdp": _fsdp, "megatron": _megatron, "sequence": _sequence, "redco": _redco,
+}
+
+
+def redco_rules(shapes: Mapping[str, tuple[int, ...]], ways: int) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Redco's two rules, which go by names: dense kernels alternate between the two dimensions in alphabetical order;
+    in attention, query, key and value are split on their output and the output projection on its input.
+
+    Whatever is not called `kernel` or `embedding` stays whole. Source: Redco (Tan et al. 2023, arXiv 2310.16355, section 3).
+    """
+    specs: dict[str, tuple[tuple[str, ...], ...]] = {}
+    last = 0
+    for path in sorted(shapes):
+        shape, keys = shapes[path], path.split("/")
+        if keys[-1] not in {"kernel", "embedding"} or len(shape) < 2:
+            continue
+        attention = any("attn" in key.lower() or "attention" in key.lower() for key in keys[:-1])
+        if keys[-1] == "embedding":
+            order = [0, len(shape) - 1]
+        elif attention:
+            row_parallel = any(word in keys[-2].lower() for word in ("out", "o_proj", "wo", "dense", "c_proj")) or keys[-2] == "o"
+            order = [len(shape) - 2, len(shape) - 1] if row_parallel else [len(shape) - 1, len(shape) - 2]
+        else:
+            last = 1 - last
+            order = [len(shape) - 1, len(shape) - 2] if last else [len(shape) - 2, len(shape) - 1]
+        for i in order:
+            if shape[i] % ways == 0:
+                specs[path] = tuple((TENSOR,) if j == i else () for j in range(len(shape)))
+                break
+    return specs
+
+
+class _Conflicts:
+    """Rows that a tensor axis may split; two that meet in one parameter exclude each other."""
+
+    def __init__(self, table: AxisTable, rows: Rows, params: str):
+        self.rows = rows
+        weights: Counter[Row] = Counter()
+        pairs: set[frozenset[Row]] = set()
+        size: Counter[Row] = Counter()
+        for dims in table.inputs(params):
+            per_dim = [{r for axis in _with_segments(dim) if (r := rows.of(axis))} for dim in dims]
+            elements = 1
+            for dim in dims:
+                elements *= size_of(dim)
+            for i, here in enumerate(per_dim):
+                for row in here:
+                    size[row] += elements
+                for there in per_dim[i + 1 :]:
+                    pairs |= {frozenset((a, b)) for a in here for b in there}
+        has_keys = any(row.role == "kv_heads" for row in rows.rows)
+        skip = NEVER_SPLIT | {"batch", "length", "spatial", "segment", "fused"} | ({"groups"} if has_keys else set())
+        for c in table.contractions:
+            for row in self._rows(c):
+                weights[row] += c.flops
+        self.candidates = [row for row in size if row.role not in skip and frozenset((row,)) not in pairs and
+                           (weights[row] or row.role == "vocab")]
+        index = {row: 1 << i for i, row in enumerate(self.candidates)}
+        self.index = index
+        self.conflict = {
+            row: sum(index[other] for other in self.candidates if frozenset((row, other)) in pairs) for row in self.candidates
+        }
+        self.flops: Counter[int] = Counter()
+        self.traffic: Counter[int] = Counter()
+        shared: dict[tuple, int] = {}
+        for c in table.contractions:
+            self.flops[self._mask(self._rows(c))] += c.flops
+            if c.weight is None:
+                continue
+            contracted = {r for dim in c.contracted for axis in _with_segments(dim) if (r := rows.of(axis))}
+            made = {r for dim in c.weight for axis in _with_segments(dim) if (r := rows.of(axis))} - contracted
+            batch = {r for dim in c.batch for axis in _with_segments(dim) if (r := rows.of(axis))}
+            self.traffic[self._mask(contracted)] += c.trips * _elements(c.out)
+            activation, key = (c.lhs, c.lhs_key) if c.weight is c.rhs else (c.rhs, c.rhs_key)
+            # Products of one activation share the sum of its gradient.
+            shared[(key, self._mask(made - batch))] = c.trips * _elements(activation)
+        for (_, mask), elements in shared.items():
+            self.traffic[mask] += elements
+        self.size = {index[row]: size[row] for row in self.candidates}
+
+    def _rows(self, c: Contraction) -> set[Row]:
+        return {r for dims in (c.lhs, c.rhs) for dim in dims for axis in _with_segments(dim) if (r := self.rows.of(axis))}
+
+    def _mask(self, rows: set[Row]) -> int:
+        return sum(self.index[row] for row in rows if row in self.index)
+
+    def covers(self, chosen: Sequence[Row], row: Row) -> bool:
+        """Whether every product that `row` takes part in is split by some chosen row."""
+        mask = self._mask(set(chosen))
+        return all(m & mask for m in self.flops if m & self.index[row])
+
+    def cover(self, allowed: Callable[[Row], bool]) -> list[Row]:
+        """The independent set with the most flops covered, then the least traffic, then the most parameters.
+
+        Exact by branch and bound; past 50,000 nodes the best set found so far is taken.
+        """
+        rows = sorted((row for row in self.candidates if allowed(row)),
+                      key=lambda row: -sum(f for m, f in self.flops.items() if m & self.index[row]))
+        total = max(sum(self.flops.values()), 1)
+        best: tuple[tuple[float, float, float], int] = ((0.0, 0.0, 0.0), 0)
+        nodes = 0
+
+        def score(mask: int) -> tuple[float, float, float]:
+            covered = sum(f for m, f in self.flops.items() if m & mask)
+            traffic = sum(e for m, e in self.traffic.items() if m & mask)
+            return round(covered / total, 4), -traffic, sum(n for bit, n in self.size.items() if bit & mask)
+
+        def visit(i: int, mask: int, banned: int) -> None:
+            nonlocal best, nodes
+            nodes += 1
+            here = score(mask)
+            if here > best[0]:
+                best = (here, mask)
+            if i == len(rows) or nodes > 50_000:
+                return
+            rest = mask
+            for row in rows[i:]:
+                if not self.index[row] & banned:
+                    rest |= self.index[row]
+            if round(sum(f for m, f in self.flops.items() if m & rest) / total, 4) < best[0][0]:
+                return
+            bit = self.index[rows[i]]
+            if not bit & banned:
+                visit(i + 1, mask | bit, banned | self.conflict[rows[i]])
+            visit(i + 1, mask, banned)
+
+        visit(0, 0, 0)
+        return [row for row in self.candidates if self.index[row] & best[1]]
+
+
+def _elements(dims: Sequence[Sequence[Axis]]) -> int:
+    elements = 1
+    for dim in dims:
+        elements *= size_of(dim)
+    return elements
+
+
+def _with_segments(dim: Sequence[Axis]) -> list[Axis]:
+    """Axes of a dimension; a concatenation counts as the axes of its segments."""
+    out: list[Axis] = []
+    for axis in leaves(dim):
+        if axis.segments is None:
+            out.append(axis)
+        else:
+            out.extend(a for segment in axis.segments for a in _with_segments(segment))
+    return out

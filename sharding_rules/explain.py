@@ -1,0 +1,132 @@
+"""Why each array is split as it is: the table of axes, the parameters, and everything that stays whole, with its bytes.
+
+    print(layout.explain())
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import jax
+
+from sharding_rules.axes import leaves, size_of
+from sharding_rules.partition import bytes_per_device
+
+if TYPE_CHECKING:
+    from sharding_rules.layout import Layout
+
+
+def explain(layout: Layout) -> str:
+    """Write a layout as text. Repeated layers are one line, with their number."""
+    mesh, assignment = layout.mesh_shape, layout.assignment
+    text = [f"mesh {mesh} ({mesh.size} device{'s' if mesh.size > 1 else ''})", ""]
+
+    rows = [("axis", "size", "count", "split over", "found in")]
+    where = _where(layout)
+    for row in layout.rows.rows:
+        if row.role in {"segment", "fused", "window"}:
+            continue
+        axes = [a for a in assignment.compute.get(row.name, ()) if mesh.sizes[a] > 1]
+        spill = [f"{a} between blocks" for a in assignment.spill.get(row.name, ()) if mesh.sizes[a] > 1]
+        rows.append((row.name, str(row.size), str(len(row.axes)), " x ".join(axes + spill) or "-", where.get(row.name, "activations")))
+    text += _columns(rows) + [""]
+
+    lines: dict[tuple, list[int]] = {}
+    whole: dict[tuple[str, str], list[int]] = {}
+    moved: dict[str, int] = {}
+    total = 0
+    abstract = jax.tree.leaves(layout.traced.arg(layout.params))
+    dims_of = layout.table.inputs(layout.params)
+    for (path, (compute, rest)), leaf, dims in zip(layout.param_shares.items(), abstract, dims_of, strict=True):
+        size = bytes_per_device(leaf, rest.entries, mesh)
+        total += size
+        generic = re.sub(r"(?<![^/])\d+(?![^/])", "*", path)
+        names = " ".join(_dim_name(layout, dim) for dim in dims)
+        key = (generic, str(tuple(leaf.shape)), names, _spec(rest.entries), _spec(compute.entries))
+        entry = lines.setdefault(key, [0, 0])
+        entry[0] += 1
+        entry[1] += size
+        if mesh.size > 1 and not any(rest.entries):
+            reason = rest.reasons[-1] if rest.reasons else _why_whole(layout, dims)
+            entry = whole.setdefault((generic, reason), [0, 0])
+            entry[0] += 1
+            entry[1] += size
+        if rest.misaligned and any(rest.entries[i] for i in rest.misaligned):
+            moved[generic] = moved.get(generic, 0) + bytes_per_device(leaf, compute.entries, mesh)
+    table = [("parameter", "shape", "axes", "at rest", "in use", "bytes/device")]
+    for (generic, shape, names, rest, compute), (count, size) in lines.items():
+        table.append((generic + (f" ({count})" if count > 1 else ""), shape, names, rest,
+                      "same" if rest == compute else compute, _bytes(size)))
+    text += [*_columns(table), f"parameters: {_bytes(total)} per device", ""]
+
+    if whole:
+        text.append(f"whole on every device: {_bytes(sum(size for _, size in whole.values()))} of them")
+        by_reason: dict[str, list[str]] = {}
+        for (generic, reason), (count, size) in whole.items():
+            by_reason.setdefault(reason, []).append(f"{generic}{f' ({count})' if count > 1 else ''} {_bytes(size)}")
+        text += [f"  {', '.join(items)}: {reason}" for reason, items in by_reason.items()] + [""]
+    if moved:
+        text.append("split across a concatenation (each use moves up to these bytes per device):")
+        text += [f"  {path}: {_bytes(size)}" for path, size in moved.items()] + [""]
+    if assignment.notes:
+        text += ["left whole by the preset:", *(f"  {note}" for note in assignment.notes), ""]
+    if layout.table.unknown:
+        listed = ", ".join(f"{name} x{count}" for name, count in layout.table.unknown.items())
+        text += [f"primitives without a rule, whose results got axes of their own: {listed}", ""]
+    if layout.table.notes:
+        text += ["not aligned:", *(f"  {note}" for note in dict.fromkeys(layout.table.notes)), ""]
+    return "\n".join(text).rstrip()
+
+
+def _where(layout: Layout) -> dict[str, str]:
+    """Row -> what it occurs in, for the table of axes."""
+    found: dict[str, set[str]] = {}
+    for name in (layout.params, *(n for n in layout.traced.names if n != layout.params)):
+        for dims in layout.table.inputs(name):
+            for dim in dims:
+                for axis in leaves(dim):
+                    row = layout.rows.of(axis)
+                    if row is not None:
+                        found.setdefault(row.name, set()).add(name)
+    return {row: ", ".join(sorted(names)) for row, names in found.items()}
+
+
+def _dim_name(layout: Layout, dim: tuple) -> str:
+    """`kv_heads*groups*head_dim` for a dimension of three axes, `[mlp|mlp]` for a concatenation."""
+    if not dim:
+        return "1"
+    names = []
+    for axis in leaves(dim):
+        row = layout.rows.of(axis)
+        if axis.segments is not None and (row is None or row.role == "fused"):
+            names.append("[" + "|".join(_dim_name(layout, segment) for segment in axis.segments) + "]")
+        else:
+            names.append(row.name if row else str(axis.size))
+    return "*".join(names)
+
+
+def _why_whole(layout: Layout, dims: tuple) -> str:
+    if all(size_of(dim) == 1 for dim in dims):
+        return "a scalar"
+    return "none of its axes is split by this plan"
+
+
+def _spec(entries: tuple[tuple[str, ...], ...]) -> str:
+    if not any(entries):
+        return "whole"
+    return "(" + ", ".join("-" if not e else "*".join(e) for e in entries) + ")"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

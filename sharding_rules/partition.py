@@ -1,0 +1,264 @@
+"""PartitionSpecs of parameters, optimizer state, batch, outputs and intermediates, from an assignment.
+
+    shares = array_spec(assignment, dims)                 # any array whose axes are known
+    specs = state_specs(abstract_opt_state, params, param_specs)
+
+A dimension is a product of axes, major to minor, and a device's shard is contiguous: so the major axis can be split, and the
+next only once the one before it is split down to single elements. A dimension whose split axis is not the major one, or is
+repeated in the segments of a concatenation, is *misaligned*: a parameter is still split evenly at rest, and the compiler moves
+its values when it is used; an intermediate is left to the compiler there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from sharding_rules.assignment import Assignment
+from sharding_rules.axes import Axis, Dim, leaves, size_of
+from sharding_rules.errors import PlanError
+from sharding_rules.mesh import AXES, BATCH_AXES, FSDP, MeshShape
+from sharding_rules.trace import path_str, tree_paths
+
+Entry = tuple[str, ...]
+"""Mesh axes of one dimension, major first; empty if it is whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How one array is split.
+
+    Attributes:
+        entries: mesh axes per dimension.
+        misaligned: dimensions whose split cuts across their axes or segments.
+        reasons: per dimension that could be split and is not, why.
+    """
+
+    entries: tuple[Entry, ...]
+    misaligned: frozenset[int] = frozenset()
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return to_spec(self.entries)
+
+
+def to_spec(entries: Sequence[Entry], *, unconstrained: frozenset[int] = frozenset()) -> PartitionSpec:
+    """A PartitionSpec with trailing whole dimensions left out, so that equal layouts compare equal."""
+    out: list[Any] = [None if not entry else entry[0] if len(entry) == 1 else entry for entry in entries]
+    for i in unconstrained:
+        out[i] = PartitionSpec.UNCONSTRAINED
+    while out and out[-1] is None:
+        out.pop()
+    return PartitionSpec(*out)
+
+
+def array_spec(assignment: Assignment, dims: Sequence[Dim], *, spill: bool = False, at_rest: bool = False) -> Shares:
+    """Split an array by its axes.
+
+    Args:
+        assignment: the table.
+        dims: axes of each dimension.
+        spill: also apply the assignment's `spill` (activations between blocks).
+        at_rest: split misaligned dimensions too (parameters).
+    """
+    wanted: list[tuple[int, int, Axis, str, Entry]] = []
+    resolved = [leaves(dim) for dim in dims]
+    order = {name: i for i, name in enumerate((*assignment.compute, *assignment.spill))}
+    for i, dim in enumerate(resolved):
+        for axis in dim:
+            row = _row(assignment, axis)
+            if row is None:
+                continue
+            target = assignment.compute.get(row) or (assignment.spill.get(row) if spill else None)
+            target = tuple(name for name in target or () if assignment.mesh.sizes[name] > 1)
+            if target:
+                wanted.append((order[row], i, axis, row, target))
+    entries: list[Entry] = [() for _ in dims]
+    used: dict[str, tuple[int, str]] = {}
+    misaligned: set[int] = set()
+    reasons: list[str] = []
+    for _, i, axis, row, target in sorted(wanted, key=lambda w: (w[0], w[1])):
+        take: list[str] = []
+        have = assignment.ways(entries[i])
+        for name in target:
+            if name in used:
+                if used[name][0] != i:
+                    reasons.append(f"dimension {i} ({row}) stays whole: {name} already splits dimension {used[name][0]} ({used[name][1]})")
+                continue
+            if size_of(resolved[i]) % (have * assignment.ways((*take, name))) == 0 and _fits(axis, assignment, (*take, name)):
+                take.append(name)
+            else:
+                reasons.append(f"dimension {i} ({row}, {axis.size}) stays whole: {name}={assignment.mesh.sizes[name]} does not divide it")
+                break
+        if not take:
+            continue
+        before = resolved[i][: resolved[i].index(axis)]
+        aligned = axis.segments is None and math.prod(a.size for a in before) == have
+        if not aligned:
+            if not at_rest or entries[i]:
+                misaligned.add(i)
+                continue
+            misaligned.add(i)
+        entries[i] = (*entries[i], *take)
+        used |= {name: (i, row) for name in take}
+    return Shares(tuple(entries), frozenset(misaligned), tuple(reasons))
+
+
+def _row(assignment: Assignment, axis: Axis) -> str | None:
+    """The row that decides an axis: its own, or for a concatenation the one that its segments agree on."""
+    row = assignment.rows.of(axis)
+    if axis.segments is None or (row is not None and row.name in assignment.compute):
+        return row.name if row else None
+    inner: set[str | None] = set()
+    for segment in axis.segments:
+        if size_of(segment) > 1:
+            rows = (_row(assignment, a) for a in leaves(segment))
+            inner.add(next((name for name in rows if name in assignment.compute), None))
+    targets = {assignment.compute[name] if name else () for name in inner}
+    return min(name for name in inner if name) if len(targets) == 1 and None not in inner and inner else None
+
+
+def _fits(axis: Axis, assignment: Assignment, names: Sequence[str]) -> bool:
+    ways = assignment.ways(names)
+    if axis.segments is None:
+        return axis.size % ways == 0
+    return axis.size % ways == 0 and all(
+        size_of(segment) % ways == 0 for segment in axis.segments if size_of(segment) > 1
+    )
+
+
+def param_shares(assignment: Assignment, path: str, dims: Sequence[Dim]) -> tuple[Shares, Shares]:
+    """How one parameter is split while computing, and at rest."""
+    shape = tuple(size_of(dim) for dim in dims)
+    if path in assignment.by_path:
+        stated = assignment.by_path[path]
+        compute = Shares(tuple(tuple(a for a in entry if a not in BATCH_AXES) for entry in stated))
+        if any(a in BATCH_AXES for entry in stated for a in entry) or not assignment.storage:
+            return compute, Shares(stated)
+    else:
+        compute = array_spec(assignment, dims, at_rest=True)
+    return compute, _add_fsdp(assignment, dims, shape, compute)
+
+
+def _add_fsdp(assignment: Assignment, dims: Sequence[Dim], shape: tuple[int, ...], compute: Shares) -> Shares:
+    """At rest, also split over `fsdp`: a whole dimension if one divides, else one that is split already; the largest first."""
+    ways = assignment.mesh.fsdp
+    if not assignment.storage or ways == 1:
+        return compute
+    inner = [
+        i for i, dim in enumerate(dims)
+        if not any((row := assignment.rows.of(axis)) and row.role == "layers" for axis in leaves(dim))
+    ]
+    if sum(shape[i] > 1 for i in inner) < 2:
+        return dataclasses.replace(compute, reasons=(*compute.reasons, "a vector: gathering it would cost more time than its bytes"))
+    local = {i: shape[i] // assignment.ways(compute.entries[i]) for i in inner}
+    choices = [i for i in inner if local[i] % ways == 0]
+    if not choices:
+        return dataclasses.replace(compute, reasons=(*compute.reasons, f"no dimension of {shape} divides by fsdp={ways}"))
+    best = min(choices, key=lambda i: (bool(compute.entries[i]), -local[i], i))
+    entries = list(compute.entries)
+    entries[best] = (*entries[best], FSDP)
+    return dataclasses.replace(compute, entries=tuple(entries))
+
+
+def override(
+    paths: Sequence[str], shapes: Sequence[tuple[int, ...]], rules: Sequence[tuple[str, Any]], mesh: MeshShape
+) -> dict[str, tuple[Entry, ...]]:
+    """Specs stated by the user, by regular expression over the whole path; a later rule wins.
+
+    Raises:
+        PlanError: a pattern that matches no parameter (the nearest path is named), too many dimensions, an unknown mesh axis,
+            a mesh axis used twice, sizes that do not divide.
+    """
+    import difflib
+
+    found: dict[str, tuple[Entry, ...]] = {}
+    for pattern, spec in rules:
+        hits = [k for k, path in enumerate(paths) if re.fullmatch(pattern, path)]
+        if not hits:
+            near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)
+            raise PlanError(f"rule {pattern!r} matches no parameter; the nearest path is {near[0] if near else None!r}")
+        for k in hits:
+            path, shape = paths[k], shapes[k]
+            entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+            if len(entries) > len(shape):
+                raise PlanError(f"rule {pattern!r} gives {len(entries)} dimensions, but parameter {path!r} has shape {shape}")
+            entries += [()] * (len(shape) - len(entries))
+            seen: dict[str, int] = {}
+            for i, entry in enumerate(entries):
+                for axis in entry:
+                    if axis not in AXES:
+                        raise PlanError(f"rule {pattern!r}: {axis!r} is no mesh axis ({', '.join(AXES)})")
+                    if axis in seen:
+                        raise PlanError(f"rule {pattern!r} splits parameter {path!r} twice over {axis!r}: "
+                                        f"dimensions {seen[axis]} and {i} of shape {shape}")
+                    seen[axis] = i
+                ways = math.prod(mesh.sizes[axis] for axis in entry)
+                if shape[i] % ways:
+                    near = max(w for w in range(1, ways + 1) if shape[i] % w == 0)
+                    raise PlanError(f"rule {pattern!r}: parameter {path!r}, dimension {i} of shape {shape} has {shape[i]} elements, "
+                                    f"which {'*'.join(entry)}={ways} does not divide; the nearest size that does is {near}")
+            found[path] = tuple(tuple(a for a in entry if mesh.sizes[a] > 1) for entry in entries)
+    return found
+
+
+def state_specs(
+    abstract_state: Any, abstract_params: Any, param_specs: Any
+) -> tuple[Any, list[str]]:
+    """PartitionSpecs of any optimizer state: a leaf whose path ends in a parameter's path is split like that parameter.
+
+    A leaf of another shape (the row and column moments of Adafactor) keeps the split of the dimensions it still has, when that
+    is unambiguous. Returns the tree of specs, and what was left whole.
+    """
+    shapes = dict(zip(tree_paths(abstract_params), [x.shape for x in jax.tree.leaves(abstract_params)], strict=True))
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    specs = dict(zip(shapes, jax.tree.leaves(param_specs, is_leaf=is_spec), strict=True))
+    whole: list[str] = []
+
+    def of(keypath: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        path = path_str(keypath)
+        owner = _owner(path, shapes)
+        if owner is None or math.prod(leaf.shape) <= 1:
+            if math.prod(leaf.shape) > 1:
+                whole.append(f"{path} {leaf.shape}: belongs to no parameter")
+            return PartitionSpec()
+        if leaf.shape == shapes[owner]:
+            return specs[owner]
+        kept = _kept_dimensions(leaf.shape, shapes[owner], path)
+        if kept is None:
+            whole.append(f"{path} {leaf.shape}: not the shape of its parameter {shapes[owner]}")
+            return PartitionSpec()
+        entries = (*specs[owner], *((None,) * (len(shapes[owner]) - len(specs[owner]))))
+        return PartitionSpec(*(entries[i] for i in kept))
+
+    return jax.tree_util.tree_map_with_path(of, abstract_state), whole
+
+
+def _owner(path: str, shapes: Mapping[str, Any]) -> str | None:
+    parts = path.split("/")
+    for start in range(len(parts)):
+        candidate = "/".join(parts[start:])
+        if candidate in shapes:
+            return candidate
+    return "" if "" in shapes else None
+
+
+def _kept_dimensions(shape: tuple[int, ...], full: tuple[int, ...], path: str) -> list[int] | None:
+    """Which dimensions of `full` are left in `shape`, if there is only one way to say so."""
+    if len(shape) != len(full) - 1:
+        return None
+    ways = [[j for j in range(len(full)) if j != i] for i in range(len(full)) if full[:i] + full[i + 1 :] == shape]
+    return ways[0] if len(ways) == 1 else None
+
+
+def bytes_per_device(leaf: Any, entries: Sequence[Entry], mesh: MeshShape) -> int:
+    """Bytes of one device's shard of an array."""
+    ways = math.prod(mesh.sizes[axis] for entry in entries for axis in entry)
+    return math.prod(leaf.shape) // ways * leaf.dtype.itemsize

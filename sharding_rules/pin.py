@@ -1,0 +1,242 @@
+"""Pin intermediates: the same function, with `with_sharding_constraint` where the compiler would otherwise guess.
+
+    pinned = Pinner(table, assignment, mesh, remat="full")(*flat_args)
+
+The jaxpr is evaluated again, equation by equation, under the caller's trace. Pins go on the results of products, convolutions,
+gathers, scatters and concatenations, on the carries of loops, on the batch, and on a weight where it meets an activation (there
+its fsdp shards are gathered: inside the loop over layers, one layer at a time). Elementwise operations follow their operands.
+Custom gradients and kernels are evaluated as they are, with pins around them. On one device nothing is added.
+
+Rematerialisation is applied in the same pass: the body of a loop over layers, or for unrolled models each stretch between two
+points where a single activation is alive, is wrapped in `jax.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.sharding import Mesh, NamedSharding
+
+from sharding_rules.assignment import Assignment
+from sharding_rules.axes import BATCH, PARAM, AxisTable, Dims, Scope, leaves
+from sharding_rules.partition import array_spec, to_spec
+
+PINNED = frozenset(
+    """dot_general ragged_dot ragged_dot_general conv_general_dilated gather scatter scatter-add scatter_add concatenate
+    dynamic_update_slice split cumsum sort top_k custom_vjp_call custom_vjp_call_jaxpr shard_map reduce_window_max
+    reduce_window_sum pallas_call""".split()
+)
+"""Primitives whose results are pinned."""
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin"})
+CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+ACTIVATION = PARAM | BATCH
+
+
+class Pinner:
+    """Evaluates a traced function again with pins and rematerialisation. Call it with the flat arguments."""
+
+    def __init__(self, table: AxisTable, assignment: Assignment, mesh: Mesh, remat: str = "none"):
+        self.table = table
+        self.assignment = assignment
+        self.mesh = mesh
+        self.remat = remat
+        self.active = mesh.size > 1
+        self.param_roles = {"batch", "length", "spatial"}
+
+    def __call__(self, *args: Any) -> list[Any]:
+        scope = self.table.scope
+        values = [
+            self.pin(x, scope.dims[var]) if scope.origin[var] == BATCH else x
+            for var, x in zip(scope.jaxpr.invars, args, strict=True)
+        ]
+        env: dict[Var, Any] = dict(zip(scope.jaxpr.invars, values, strict=True))
+        env.update(zip(scope.jaxpr.constvars, self.table.traced.jaxpr.consts, strict=True))
+        if self.remat != "none" and not _loops_over_layers(scope):
+            self._run_in_stretches(scope, env)
+        else:
+            self._run(scope, env, range(len(scope.jaxpr.eqns)))
+        return [
+            self.pin(self._read(env, var), scope.dims[var]) if isinstance(var, Var) else self._read(env, var)
+            for var in scope.jaxpr.outvars
+        ]
+
+    def pin(self, x: Any, dims: Dims, *, weight: bool = False) -> Any:
+        """Constrain one array to the split of its axes."""
+        if not self.active or not dims or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return x
+        spill = not weight and any(
+            (row := self.assignment.rows.of(axis)) and row.role not in self.param_roles for dim in dims for axis in leaves(dim)
+        )
+        shares = array_spec(self.assignment, dims, spill=spill)
+        spec = to_spec(shares.entries, unconstrained=shares.misaligned)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    @staticmethod
+    def _read(env: dict[Var, Any], atom: Var | Literal) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    def _call(self, scope: Scope, args: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
+        env: dict[Var, Any] = dict(zip(scope.jaxpr.invars, args, strict=True))
+        env.update(zip(scope.jaxpr.constvars, consts, strict=True))
+        self._run(scope, env, range(len(scope.jaxpr.eqns)))
+        return [self._read(env, var) for var in scope.jaxpr.outvars]
+
+    def _run(self, scope: Scope, env: dict[Var, Any], positions: Sequence[int]) -> None:
+        for position in positions:
+            eqn = scope.jaxpr.eqns[position]
+            values = [self._read(env, atom) for atom in eqn.invars]
+            outs = self._equation(scope, position, eqn, values)
+            for var, value in zip(eqn.outvars, outs, strict=True):
+                env[var] = value
+
+    def _equation(self, scope: Scope, position: int, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        children = scope.children.get(position)
+        if children and not children[0].opaque:
+            if name == "scan":
+                return self._scan(scope, eqn, children[0], values)
+            if name == "while":
+                return self._while(scope, eqn, children[0], values)
+            if name == "cond":
+                branches = [
+                    lambda *xs, s=child, c=branch.consts: self._call(s, xs, c)
+                    for child, branch in zip(children, eqn.params["branches"], strict=True)
+                ]
+                return jax.lax.switch(values[0], branches, *values[1:])
+            consts = next((p.consts for p in eqn.params.values() if isinstance(p, ClosedJaxpr)), ())
+            if name in CHECKPOINTS:
+                body = jax.checkpoint(
+                    lambda *xs: self._call(children[0], xs, consts),
+                    policy=eqn.params.get("policy"), prevent_cse=eqn.params.get("prevent_cse", True),
+                )
+                return body(*values)
+            if name in CALLS:
+                return self._call(children[0], values, consts)
+        values = self._gathered(scope, eqn, values)
+        outs = evaluate(eqn, values)
+        if name in PINNED:
+            outs = [
+                self.pin(x, scope.dims[var]) if scope.origin[var] & BATCH else x
+                for var, x in zip(eqn.outvars, outs, strict=True)
+            ]
+        return outs
+
+    def _gathered(self, scope: Scope, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        """Pin weights where they meet an activation."""
+        origins = [0 if isinstance(atom, Literal) else scope.origin[atom] for atom in eqn.invars]
+        if not any(origin & BATCH for origin in origins):
+            return values
+        return [
+            self.pin(x, scope.dims[atom], weight=True) if origin == PARAM and isinstance(atom, Var) else x
+            for x, origin, atom in zip(values, origins, eqn.invars, strict=True)
+        ]
+
+    def _scan(self, scope: Scope, eqn: JaxprEqn, child: Scope, values: list[Any]) -> list[Any]:
+        p = eqn.params
+        split = p["num_consts"] + p["num_carry"]
+        consts, carry, xs = values[: p["num_consts"]], values[p["num_consts"] : split], values[split:]
+        carry_vars = child.jaxpr.invars[p["num_consts"] : split]
+
+        def pinned(carry: Sequence[Any]) -> list[Any]:
+            return [
+                self.pin(x, child.dims[var]) if child.origin[var] & BATCH else x
+                for x, var in zip(carry, carry_vars, strict=True)
+            ]
+
+        def inner(consts: Sequence[Any], carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+            outs = self._call(child, [*consts, *carry, *xs], p["jaxpr"].consts)
+            return pinned(outs[: p["num_carry"]]), outs[p["num_carry"] :]
+
+        layers = any(not isinstance(a, Literal) and scope.origin[a] == PARAM for a in eqn.invars[split:])
+        if self.remat != "none" and layers and not any(e.primitive.name in CHECKPOINTS for e in child.jaxpr.eqns):
+            inner = jax.checkpoint(inner, policy=POLICIES[self.remat], prevent_cse=False)
+        carry, ys = jax.lax.scan(
+            lambda carry, xs: inner(consts, carry, xs), pinned(carry), xs,
+            length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
+        )
+        return [*carry, *ys]
+
+    def _while(self, scope: Scope, eqn: JaxprEqn, body: Scope, values: list[Any]) -> list[Any]:
+        p = eqn.params
+        cond_n, body_n = p["cond_nconsts"], p["body_nconsts"]
+        cond_consts, body_consts, carry = values[:cond_n], values[cond_n : cond_n + body_n], values[cond_n + body_n :]
+        return jax.lax.while_loop(
+            lambda carry: jaxpr_as_fun(p["cond_jaxpr"])(*cond_consts, *carry)[0],
+            lambda carry: self._call(body, [*body_consts, *carry], p["body_jaxpr"].consts),
+            carry,
+        )
+
+    # Rematerialisation of unrolled models.
+
+    def _run_in_stretches(self, scope: Scope, env: dict[Var, Any]) -> None:
+        """Wrap each stretch between two points with one live activation in `jax.checkpoint`; the last one, the loss, is kept."""
+        eqns = scope.jaxpr.eqns
+        cuts = [0, *stretches(scope), len(eqns)]
+        last_use = _last_uses(scope.jaxpr)
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            positions = range(start, stop)
+            if stop == len(eqns):
+                self._run(scope, env, positions)
+                continue
+            made = {var for k in positions for var in eqns[k].outvars}
+            reads = {a: None for k in positions for a in eqns[k].invars if isinstance(a, Var) and a not in made}
+            kept = [var for k in positions for var in eqns[k].outvars if last_use.get(var, -1) >= stop]
+
+            def stretch(*inputs: Any, reads=reads, kept=kept, positions=positions) -> list[Any]:
+                local = dict(zip(reads, inputs, strict=True))
+                self._run(scope, local, positions)
+                return [local[var] for var in kept]
+
+            outs = jax.checkpoint(stretch, policy=POLICIES[self.remat])(*(env[var] for var in reads))
+            env.update(zip(kept, outs, strict=True))
+
+
+def stretches(scope: Scope) -> list[int]:
+    """Positions in a jaxpr where at most one activation is alive that was not alive at an earlier such position."""
+    eqns = scope.jaxpr.eqns
+    last_use = _last_uses(scope.jaxpr)
+    alive: set[Var] = set()
+    saved: set[Var] = set()
+    cuts: list[int] = []
+    work = False
+    for k, eqn in enumerate(eqns):
+        work = work or eqn.primitive.name in {"dot_general", "conv_general_dilated"} or k in scope.children
+        alive |= {v for v in eqn.outvars if scope.origin.get(v) == ACTIVATION and v.aval.shape and last_use.get(v, -1) > k}
+        alive -= {v for v in alive if last_use.get(v, -1) <= k}
+        new = alive - saved
+        if work and len(new) <= 1 and k + 1 < len(eqns) and alive:
+            cuts.append(k + 1)
+            saved |= new
+            work = False
+    return cuts
+
+
+def _last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
+    uses = {a: k for k, eqn in enumerate(jaxpr.eqns) for a in eqn.invars if isinstance(a, Var)}
+    return uses | {a: len(jaxpr.eqns) for a in jaxpr.outvars if isinstance(a, Var)}
+
+
+def _loops_over_layers(scope: Scope) -> bool:
+    """Whether some loop takes one layer's weights per iteration."""
+    for inner in scope.walk():
+        for eqn in inner.jaxpr.eqns:
+            if eqn.primitive.name == "scan":
+                xs = eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+                if any(isinstance(a, Var) and inner.origin[a] == PARAM for a in xs):
+                    return True
+    return False
+
+
+def evaluate(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation as it stands, custom gradients and source lines included."""
+    invars = list(dict.fromkeys(a for a in eqn.invars if isinstance(a, Var)))
+    first = {a: v for a, v in zip(eqn.invars, values, strict=True) if isinstance(a, Var)}
+    jaxpr = Jaxpr((), invars, list(eqn.outvars), [eqn], eqn.effects)
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*(first[a] for a in invars))
