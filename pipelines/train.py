@@ -1,0 +1,457 @@
+"""From a plan, a loss and an optimizer to a compiled training step.
+
+    program = build_train_program(loss_fn, init_fn, optax.adamw(3e-4), abstract_batch, plan, mesh)
+    state = program.init(jax.random.key(0))                # born on the mesh
+    state, metrics = program.step(state, batch)            # device scalars; nothing is fetched
+
+The step, for a global batch cut into M microbatches (sums and weights as in `functions.normalise_loss`):
+
+    g = sum_m d(loss sum of m)/d(params)        accumulated in `accum_dtype`, sharded as the parameters are at rest
+    g, loss, metrics = each / sum of weights    scaled once, so the mean is over the global batch
+    params, opt_state = optimizer(g)            kept only if loss and |g| are finite
+
+Microbatch m is rows m, m+M, m+2M, ... of the global batch: every device keeps its own rows, nothing moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pipelines.functions import (
+    LOSS_ARGUMENTS,
+    argument_names,
+    batch_rows,
+    describe_tree,
+    normalise_loss,
+    tree_differences,
+)
+from search import Plan
+from sharding_rules import Layout, MeshShape, TracedFunction, make_layout, path_str, trace
+
+NAMES = ("params", "batch", "rng", "state")
+STEP_STREAM = 2**31 - 1
+"""Folded into the key for the steps, so that no step's key is one that `init_fn` drew by splitting."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes in training, and the key.
+
+    Attributes:
+        step: int32 scalar, optimizer steps done; a skipped step does not count.
+        params: the parameters at rest.
+        opt_state: the optimizer's state.
+        model_state: mutable model state (BatchNorm's), `{}` if there is none.
+        rng: typed key, constant; the step's key is `fold_in(rng, step)`.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    model_state: Any
+    rng: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialValues:
+    """What `init_fn` makes, as shapes: `params` in the plan's dtype and `state` as it comes."""
+
+    params: Any
+    state: Any
+
+
+def abstract_init(loss_fn: Callable[..., Any], init_fn: Callable[..., Any], param_dtype: str) -> InitialValues:
+    """Shapes of the parameters and of the mutable state, without making them.
+
+    Raises:
+        ValueError: `init_fn` does not return `(params, state)` though `loss_fn` names `state`.
+    """
+    takes_state = "state" in argument_names(loss_fn, LOSS_ARGUMENTS, role="loss_fn")
+    try:
+        params, state = jax.eval_shape(_init_values(init_fn, takes_state, param_dtype), _abstract_key())
+    except TypeError as error:
+        error.add_note("init_fn(rng) returns a tree whose leaves are all arrays. For a model object that also holds functions "
+                       "or settings, keep those aside (equinox.partition, nnx.split) and join them again in loss_fn.")  # fmt: skip
+        raise
+    return InitialValues(params, state)
+
+
+def trace_loss(
+    loss_fn: Callable[..., Any], values: InitialValues, abstract_batch: Any, *, training: bool, compute_dtype: str
+) -> TracedFunction:
+    """Trace the normalised loss on abstract values; its arguments are called params, batch, rng and state.
+
+    An exception of the user's function keeps its type and gets a note that lists what the function was given.
+    """
+    loss = normalise_loss(loss_fn, training=training)
+    params = cast_floats(values.params, compute_dtype)
+    try:
+        return trace(loss, params, abstract_batch, _abstract_key(), values.state, names=NAMES)
+    except Exception as error:
+        error.add_note(f"while tracing loss_fn with the parameters that init_fn makes ({describe_tree(params)}), "
+                       f"a batch of ({describe_tree(abstract_batch)}) and a state of ({describe_tree(values.state)})")  # fmt: skip
+        raise
+
+
+def check_rows(rows: int, *, microbatches: int, mesh: MeshShape, what: str = "global batch") -> None:
+    """Refuse a batch that does not split over microbatches and data shards.
+
+    >>> check_rows(12, microbatches=1, mesh=MeshShape(data=8))
+    Traceback (most recent call last):
+    ValueError: a global batch of 12 examples does not split over 8 data shards (mesh data=8); nearest: 8 or 16
+
+    Raises:
+        ValueError: names the nearest sizes that work.
+    """
+    shards = mesh.batch_shards
+    unit = microbatches * shards
+    if rows and rows % unit == 0:
+        return
+    below, above = rows // unit * unit, -(-rows // unit) * unit or unit
+    over = f"{shards} data shards (mesh {mesh})"
+    over = over if microbatches == 1 else f"{microbatches} microbatches x {over} = {unit}"
+    verb = "is smaller than" if rows < unit else "does not split over"
+    raise ValueError(f"a {what} of {rows} examples {verb} {over}; nearest: {f'{below} or ' if below else ''}{above}")
+
+
+def cast_floats(tree: Any, dtype: str) -> Any:
+    """Cast the floating leaves of a tree; integers, booleans and keys stay as they are. Works on shapes too."""
+
+    def cast(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype or jnp.finfo(x.dtype).bits < 16:
+            return x
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+
+    return jax.tree.map(cast, tree)
+
+
+def split_trainable(params: Any) -> tuple[Any, Any]:
+    """Part a tree into floating leaves and the rest, with None where the other has a leaf."""
+    inexact = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.inexact), params)
+    return (jax.tree.map(lambda x, ok: x if ok else None, params, inexact),
+            jax.tree.map(lambda x, ok: None if ok else x, params, inexact))  # fmt: skip
+
+
+def join_trainable(trainable: Any, fixed: Any) -> Any:
+    """Undo `split_trainable`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, fixed, is_leaf=lambda x: x is None)
+
+
+def build_train_program(
+    loss_fn: Callable[..., Any],
+    init_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    abstract_batch: Any,
+    plan: Plan,
+    mesh: Mesh,
+    *,
+    learning_rate: Callable[[Any], Any] | None = None,
+) -> TrainProgram:
+    """Trace the loss, lay it out on the mesh, and make the step; nothing is compiled yet.
+
+    Args:
+        loss_fn: takes what it names of `(params, batch, rng, state, training)`; see `functions.loss_output` for its result.
+        init_fn: `init_fn(rng) -> params`, or `(params, state)` if `loss_fn` names `state`.
+        optimizer: any optax transformation. Its schedules count optimizer steps, however many microbatches there are.
+        abstract_batch: the global batch as a tree of `ShapeDtypeStruct` (arrays pass too).
+        plan: mesh, preset, microbatches, remat and dtypes.
+        mesh: devices laid out as the plan says.
+        learning_rate: schedule `step -> rate` to report as a metric. Without it, the rate is read from the state of
+            `optax.inject_hyperparams` if the optimizer has one.
+
+    Raises:
+        ValueError: bad signatures, a loss of another form than it may have, a batch that does not split.
+        PlanError: a plan that cannot be carried out.
+    """
+    if tuple(mesh.shape[axis] for axis in plan.mesh.sizes) != tuple(plan.mesh.sizes.values()):
+        raise ValueError(f"the plan is for mesh {plan.mesh}, but the mesh given has {dict(mesh.shape)}")
+    abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_batch)
+    rows = batch_rows(abstract_batch)
+    check_rows(rows, microbatches=plan.microbatches, mesh=plan.mesh)
+    values = abstract_init(loss_fn, init_fn, plan.param_dtype)
+    microbatch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] // plan.microbatches, *x.shape[1:]), x.dtype), abstract_batch
+    )
+    traced = trace_loss(loss_fn, values, microbatch, training=True, compute_dtype=plan.compute_dtype)
+    layout = make_layout(traced, plan.mesh, plan.preset, rules=tuple((pattern, P(*spec)) for pattern, spec in plan.rules))
+    return TrainProgram(loss_fn, init_fn, optimizer, abstract_batch, plan, mesh, values, layout, learning_rate)
+
+
+class TrainProgram:
+    """A step and what belongs to it, on one mesh. Made by `build_train_program`.
+
+    Attributes:
+        plan, mesh, layout: how the step runs.
+        abstract_batch: the global batch, as shapes.
+        batch_shardings: where its leaves go.
+        abstract_state: the `TrainState` as shapes with shardings: what a checkpoint is restored into.
+    """
+
+    def __init__(
+        self, loss_fn: Callable[..., Any], init_fn: Callable[..., Any], optimizer: optax.GradientTransformation,
+        abstract_batch: Any, plan: Plan, mesh: Mesh, values: InitialValues, layout: Layout,
+        learning_rate: Callable[[Any], Any] | None,
+    ):  # fmt: skip
+        self.plan, self.mesh, self.layout, self.abstract_batch = plan, mesh, layout, abstract_batch
+        self._loss_fn, self._init_fn, self._optimizer = loss_fn, init_fn, optimizer
+        self._learning_rate = learning_rate
+        self._values = values
+        self._replicated = NamedSharding(mesh, P())
+        self._param_shardings = self._shardings(layout.specs("params"))
+        self.batch_shardings = self._shardings(layout.specs("batch"))
+        trainable, _ = split_trainable(values.params)
+        opt_state = jax.eval_shape(optimizer.init, trainable)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), values.params, opt_state, values.state, _abstract_key())
+        self.state_shardings = TrainState(
+            self._replicated, self._param_shardings, self._shardings(layout.state_specs(opt_state)),
+            self._shardings(layout.specs("state")), self._replicated,
+        )  # fmt: skip
+        self.abstract_state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_shardings
+        )
+        self._pinned = layout.pin(mesh, remat=plan.remat)
+        self._compiled: Any = None
+        self._eval_programs: dict[Any, tuple[Any, Any]] = {}
+        takes_state = "state" in argument_names(loss_fn, LOSS_ARGUMENTS, role="loss_fn")
+
+        def fresh(params: Any, model_state: Any, rng: jax.Array) -> TrainState:
+            opt_state = optimizer.init(split_trainable(params)[0])
+            return TrainState(jnp.int32(0), params, opt_state, model_state, rng)
+
+        def init(rng: jax.Array) -> TrainState:
+            params, model_state = _init_values(init_fn, takes_state, plan.param_dtype)(rng)
+            return fresh(params, model_state, jax.random.fold_in(rng, STEP_STREAM))
+
+        self._jit_init = jax.jit(init, out_shardings=self.state_shardings)
+        self._jit_fresh = jax.jit(fresh, out_shardings=self.state_shardings, donate_argnums=(0, 1))
+        self._jit_nonfinite = jax.jit(self._nonfinite)
+
+    def init(self, rng: jax.Array) -> TrainState:
+        """Make the state on the mesh, each device its own shards; the values are those of `init_fn` on one device.
+
+        `init_fn` gets `rng` itself; the steps' keys come from another stream of it.
+        """
+        return self._jit_init(rng)
+
+    def state_from(self, params: Any, *, model_state: Any = None, rng: jax.Array | None = None) -> TrainState:
+        """Copy parameters into a fresh state: new optimizer state, step 0. Compiles nothing the second time.
+
+        The arrays given are never donated: they stay valid.
+
+        Args:
+            params: tree of arrays, on the host or on any devices.
+            model_state: mutable state; required if the model has one.
+            rng: key; default `jax.random.key(0)`.
+
+        Raises:
+            ValueError: trees of another model; names the first paths that differ.
+        """
+        model_state = {} if model_state is None else model_state
+        for what, expected, actual in (("params", self._values.params, params), ("model_state", self._values.state, model_state)):
+            differences = tree_differences(expected, actual, dtypes=False)
+            if differences:
+                raise ValueError(f"{what} do not fit this model: " + "; ".join(differences[:3]))
+
+        def place(tree: Any, abstract: Any, shardings: Any) -> Any:
+            cast = jax.tree.map(lambda x, a: x if x.dtype == a.dtype else x.astype(a.dtype), tree, abstract)
+            return jax.device_put(cast, shardings, may_alias=False)
+
+        params = place(params, self._values.params, self._param_shardings)
+        model_state = place(model_state, self._values.state, self.state_shardings.model_state)
+        rng = jax.device_put(jax.random.key(0) if rng is None else rng, self._replicated)
+        return self._jit_fresh(params, model_state, rng)
+
+    def compile(self) -> float:
+        """Compile the step for its shapes, if that is not done; return the seconds it took."""
+        start = time.perf_counter()
+        if self._compiled is None:
+            abstract_batch = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract_batch, self.batch_shardings
+            )
+            metrics = jax.tree.map(lambda _: self._replicated, jax.eval_shape(self._step, self.abstract_state, abstract_batch)[1])
+            step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.state_shardings, metrics))
+            self._compiled = step.lower(self.abstract_state, abstract_batch).compile()
+            self.step = self._compiled  # a call of the executable itself, with no Python in between
+        return time.perf_counter() - start
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step. `state` is donated; the metrics stay on the device.
+
+        Returns:
+            The new state, and scalars: `loss`, `grad_norm`, `skipped` (1 if loss or gradient was not finite and the state
+            was therefore left as it was), `learning_rate` if known, and the metrics of `loss_fn`.
+        """
+        self.compile()
+        return self._compiled(state, batch)
+
+    @property
+    def compiled_bytes_per_device(self) -> int | None:
+        """Bytes that the compiler needs on each device, or None before compiling or where the backend does not say."""
+        analysis = self._compiled.memory_analysis() if self._compiled is not None else None
+        if analysis is None:
+            return None
+        return (analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+                + analysis.temp_size_in_bytes)  # fmt: skip
+
+    def eval_shardings(self, abstract_batch: Any) -> Any:
+        """Where the leaves of a batch for `eval_step` go: over the data shards if its rows split, else replicated."""
+        return self._eval_program(abstract_batch)[1]
+
+    def eval_step(self, params: Any, model_state: Any, batch: Any, rng: jax.Array) -> dict[str, tuple[Any, Any]]:
+        """The loss and the metrics of a batch of any number of rows, with `training=False`, as sums and weights.
+
+        Compiled once per shape of batch. Nothing is fetched.
+        """
+        return self._eval_program(batch)[0](params, model_state, batch, rng)
+
+    def nonfinite_paths(self, state: TrainState, batch: Any) -> dict[str, list[str]]:
+        """Run the gradient again and list what is not finite: paths of `gradients`, `params` and `batch`. Slow; compiles."""
+        flags = jax.device_get(self._jit_nonfinite(state, batch))
+        return {name: [path_str(path) for path, bad in jax.tree_util.tree_leaves_with_path(tree) if bad]
+                for name, tree in flags.items()}  # fmt: skip
+
+    def _shardings(self, specs: Any) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+    def _gradient(self, state: TrainState, batch: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any]:
+        """Sums over the global batch: gradient (trainable leaves), totals by name, and the last model state."""
+        plan = self.plan
+        rng = jax.random.fold_in(state.rng, state.step)
+        weights = cast_floats(state.params, plan.compute_dtype)
+        if plan.compute_dtype != plan.param_dtype:  # cast before gathering, so that fewer bytes move
+            weights = jax.lax.with_sharding_constraint(weights, self._param_shardings)
+        trainable, fixed = split_trainable(weights)
+        at_rest = split_trainable_like(self._param_shardings, self._values.params)
+
+        def one(microbatch: Any, index: Any, model_state: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any]:
+            def total_of(trainable: Any) -> tuple[jax.Array, dict[str, Any]]:
+                params = join_trainable(trainable, fixed)
+                return self._pinned(params, microbatch, jax.random.fold_in(rng, index), model_state)
+
+            (total, aux), grads = jax.value_and_grad(total_of, has_aux=True)(trainable)
+            grads = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, plan.accum_dtype)
+                                                    if jnp.iscomplexobj(g) else plan.accum_dtype), grads)  # fmt: skip
+            grads = jax.lax.with_sharding_constraint(grads, at_rest)
+            return grads, {"loss": (total, aux["weight"]), **aux["metrics"]}, aux["state"]
+
+        if plan.microbatches == 1:
+            return one(batch, 0, state.model_state)
+
+        def split(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+            parts = x.reshape(x.shape[0] // plan.microbatches, plan.microbatches, *x.shape[1:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(parts, NamedSharding(self.mesh, P(None, *sharding.spec)))
+
+        def body(carry: Any, inputs: Any) -> tuple[Any, None]:
+            sums, totals, model_state = carry
+            microbatch = jax.lax.with_sharding_constraint(inputs[0], self.batch_shardings)
+            grads, more, model_state = one(microbatch, inputs[1], model_state)
+            sums = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, grads), at_rest)
+            return (sums, jax.tree.map(jnp.add, totals, more), model_state), None
+
+        microbatches = jax.tree.map(split, batch, self.batch_shardings)
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), microbatches)
+        shapes = jax.eval_shape(one, first, jnp.int32(0), state.model_state)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+        sums = jax.lax.with_sharding_constraint(zeros[0], at_rest)
+        carry, _ = jax.lax.scan(body, (sums, zeros[1], state.model_state), (microbatches, jnp.arange(plan.microbatches)))
+        return carry
+
+    def _step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        sums, totals, model_state = self._gradient(state, batch)
+        means = {name: total / weight for name, (total, weight) in totals.items()}
+        scale = 1.0 / totals["loss"][1]
+        trainable, fixed = split_trainable(state.params)
+        grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), sums, trainable)
+        grad_norm = optax.global_norm(cast_floats(grads, "float32"))
+        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, trainable)
+        params = join_trainable(optax.apply_updates(trainable, updates), fixed)
+        metrics = {**means, "grad_norm": grad_norm, "skipped": jnp.where(finite, 0, 1)}
+        metrics |= applied_rates(self._learning_rate, state, opt_state)
+        new = TrainState(state.step + 1, params, opt_state, model_state, state.rng)
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return dataclasses.replace(kept, rng=state.rng), metrics
+
+    def _nonfinite(self, state: TrainState, batch: Any) -> dict[str, Any]:
+        sums, _, _ = self._gradient(state, batch)
+
+        def flags(tree: Any) -> Any:
+            return jax.tree.map(lambda x: ~jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else False, tree)
+
+        return {"gradients": flags(sums), "params": flags(state.params), "batch": flags(batch)}
+
+    def _eval_program(self, batch: Any) -> tuple[Any, Any]:
+        leaves, structure = jax.tree.flatten(batch)
+        key = structure, tuple((tuple(x.shape), x.dtype) for x in leaves)
+        if key not in self._eval_programs:
+            self._eval_programs[key] = self._make_eval(batch)
+        return self._eval_programs[key]
+
+    def _make_eval(self, batch: Any) -> tuple[Any, Any]:
+        plan = self.plan
+        abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+        traced = trace_loss(self._loss_fn, self._values, abstract_batch, training=False, compute_dtype=plan.compute_dtype)
+        if batch_rows(abstract_batch) % plan.mesh.batch_shards == 0:
+            layout = make_layout(traced, plan.mesh, plan.preset, rules=tuple((p, P(*spec)) for p, spec in plan.rules))
+            loss, shardings = layout.pin(self.mesh), self._shardings(layout.specs("batch"))
+        else:  # a tail: too small to be worth splitting, and every example counts
+            loss = normalise_loss(self._loss_fn, training=False)
+            shardings = jax.tree.map(lambda _: self._replicated, abstract_batch)
+
+        def sums(params: Any, model_state: Any, batch: Any, rng: jax.Array) -> dict[str, tuple[Any, Any]]:
+            total, aux = loss(cast_floats(params, plan.compute_dtype), batch, rng, model_state)
+            return {"loss": (total, aux["weight"]), **aux["metrics"]}
+
+        arguments = (self._param_shardings, self.state_shardings.model_state, shardings, self._replicated)
+        return jax.jit(sums, in_shardings=arguments, out_shardings=self._replicated), shardings
+
+
+def split_trainable_like(tree: Any, params: Any) -> Any:
+    """The part of `tree` (structured as `params`) that belongs to trainable parameters, None elsewhere."""
+    return jax.tree.map(lambda p, x: x if jnp.issubdtype(p.dtype, jnp.inexact) else None, params, tree)
+
+
+def applied_rates(learning_rate: Callable[[Any], Any] | None, state: TrainState, opt_state: Any) -> dict[str, jax.Array]:
+    """The learning rate that the step applies, under `learning_rate` (or `learning_rate/0`, ... if there are several).
+
+    A schedule is asked at the number of optimizer steps done so far, which is what optax's own schedules count;
+    under `optax.MultiSteps` that is its `gradient_step`. Without a schedule the rate is what `optax.inject_hyperparams`
+    left in its state `opt_state` after the update.
+    """
+    if learning_rate is not None:
+        wrapped = [x for x in jax.tree.leaves(state.opt_state, is_leaf=_is_multi_steps) if _is_multi_steps(x)]
+        return {"learning_rate": jnp.asarray(learning_rate(wrapped[0].gradient_step if wrapped else state.step), jnp.float32)}
+    rates = [jnp.asarray(leaf, jnp.float32) for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+             if path_str(path).endswith("hyperparams/learning_rate")]  # fmt: skip
+    return {"learning_rate" if len(rates) == 1 else f"learning_rate/{i}": rate for i, rate in enumerate(rates)}
+
+
+def _is_multi_steps(x: Any) -> bool:
+    return isinstance(x, optax.MultiStepsState)
+
+
+def _init_values(init_fn: Callable[..., Any], takes_state: bool, param_dtype: str) -> Callable[[Any], tuple[Any, Any]]:
+    def values(rng: jax.Array) -> tuple[Any, Any]:
+        made = init_fn(rng)
+        if not takes_state:
+            return cast_floats(made, param_dtype), {}
+        if not (isinstance(made, tuple) and len(made) == 2):
+            raise ValueError("loss_fn names `state`, so init_fn(rng) returns (params, state); "
+                             f"it returned a {type(made).__name__}")  # fmt: skip
+        return cast_floats(made[0], param_dtype), made[1]
+
+    return values
+
+
+def _abstract_key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(jax.random.key, 0)
