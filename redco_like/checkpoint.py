@@ -4,8 +4,8 @@
     store.save(step, state, metrics={"eval/loss": 2.1}, plan_json=plan.to_json(), data_state=loader.state(step))
     state = store.restore(abstract_state)        # leaves say shape, dtype and sharding: those wanted, not those saved
 
-The only module that touches orbax. A state is stored as a flat table from path to array, beside JSON metadata that lists
-the table: what a checkpoint holds is compared with what is wanted before an array is read.
+The only module that touches orbax. A state is stored as a flat table from path to array, beside JSON metadata that
+lists the table: what a checkpoint holds is compared with what is wanted before an array is read.
 """
 
 from __future__ import annotations
