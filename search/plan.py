@@ -1,7 +1,7 @@
 """The plan: a frozen record of how a model runs on a mesh. The same file gives the same compiled step on every host.
 
-    plan = Plan(mesh=MeshShape(data=2, fsdp=2, tensor=2), preset="fsdp+megatron", microbatches=2, remat="full")
-    plan.save("plan.json"); Plan.load("plan.json") == plan
+plan = Plan(mesh=MeshShape(data=2, fsdp=2, tensor=2), preset="fsdp+megatron", microbatches=2, remat="full")
+plan.save("plan.json"); Plan.load("plan.json") == plan
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Plan:
         rules: overrides by parameter path, applied over the preset.
         microbatches: number of sequential parts the global batch is split into; gradients are summed.
         remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
-        param_dtype, compute_dtype, accum_dtype: dtype of stored parameters, of the forward and backward pass, and of the
-            gradient sum over microbatches.
+        param_dtype, compute_dtype, accum_dtype: dtype of stored parameters, of the forward and backward pass, and of
+            the gradient sum over microbatches.
         reason: one line on why this plan was taken.
     """
 
@@ -69,7 +69,9 @@ class Plan:
         if not isinstance(record, dict):
             raise ValueError("the plan is not a JSON object")
         if record.get("version") != PLAN_VERSION:
-            raise ValueError(f"the plan has version {record.get('version')!r}; this program reads version {PLAN_VERSION}")
+            raise ValueError(
+                f"the plan has version {record.get('version')!r}; this program reads version {PLAN_VERSION}"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(record) - known)
         if unknown:

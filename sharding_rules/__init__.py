@@ -6,7 +6,22 @@ from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, DATA, EXPERT, FSDP, S
 from sharding_rules.trace import TracedFunction, abstract, path_str, trace, tree_paths
 
 __all__ = [
-    "AXES", "BATCH_AXES", "CONTEXT", "DATA", "EXPERT", "FSDP", "STAGE", "TENSOR",
-    "Layout", "MeshShape", "PlanError", "TracedFunction",
-    "abstract", "make_layout", "make_mesh", "path_str", "trace", "tree_paths",
+    "AXES",
+    "BATCH_AXES",
+    "CONTEXT",
+    "DATA",
+    "EXPERT",
+    "FSDP",
+    "STAGE",
+    "TENSOR",
+    "Layout",
+    "MeshShape",
+    "PlanError",
+    "TracedFunction",
+    "abstract",
+    "make_layout",
+    "make_mesh",
+    "path_str",
+    "trace",
+    "tree_paths",
 ]

@@ -7,8 +7,8 @@ A preset is parts joined by `+`, each a small function that adds to the table:
 
 * `data`: examples over the batch axes (always there);
 * `fsdp`: parameters and optimizer state at rest over `fsdp` (ZeRO-3, Rajbhandari et al. 2020);
-* `megatron`: one axis of every weight over `tensor` (Shoeybi et al. 2019), found as the independent set of rows that covers
-  most of the model's flops: no two of its rows meet in one parameter;
+* `megatron`: one axis of every weight over `tensor` (Shoeybi et al. 2019), found as the independent set of rows that
+  covers most of the model's flops: no two of its rows meet in one parameter;
 * `sequence`: activations between blocks over `tensor` along length (Korthikanti et al. 2022); with `megatron`;
 * `redco`: Redco's two rules by parameter name (Tan et al. 2023), for comparison.
 """
@@ -64,8 +64,8 @@ def assign(
     """Make an assignment from a table of row names, checked for legality.
 
     Raises:
-        PlanError: an unknown row or mesh axis; a size that its mesh axes do not divide; two rows of one parameter on one
-            mesh axis.
+        PlanError: an unknown row or mesh axis; a size that its mesh axes do not divide; two rows of one parameter on
+            one mesh axis.
     """
     plain = {name: (axes,) if isinstance(axes, str) else tuple(axes) for name, axes in compute.items()}
     for name, axes in plain.items():
@@ -89,8 +89,8 @@ def assign(
                         if other != name:
                             raise PlanError(
                                 f"mesh axis {axis!r} would split two dimensions of parameter {path!r} "
-                                f"(shape {tuple(size_of(d) for d in dims)}): dimension {j} ({other}) and dimension {i} ({name}); "
-                                f"assign only one of them to {axis!r}"
+                                f"(shape {tuple(size_of(d) for d in dims)}): dimension {j} ({other}) and "
+                                f"dimension {i} ({name}); assign only one of them to {axis!r}"
                             )
                     owner.setdefault(axis, (i, name))
     return assignment
@@ -124,9 +124,7 @@ def indivisible(
 Part = Callable[[AxisTable, Rows, MeshShape, str], dict]
 
 
-def preset(
-    name: str, table: AxisTable, rows: Rows, mesh: MeshShape, *, params: str = "params"
-) -> Assignment:
+def preset(name: str, table: AxisTable, rows: Rows, mesh: MeshShape, *, params: str = "params") -> Assignment:
     """The assignment of a preset such as `"fsdp+megatron"`.
 
     Raises:
@@ -158,8 +156,10 @@ def preset(
     used |= {axis for spec in more["by_path"].values() for axes in spec for axis in axes}
     idle = [axis for axis, size in mesh.sizes.items() if size > 1 and axis not in used]
     if idle:
-        raise PlanError(f"mesh {mesh} has {idle[0]}={mesh.sizes[idle[0]]}, but preset {name!r} splits nothing over it on this "
-                        f"model: the devices along it would repeat each other's work. {_advice(idle[0])}")
+        raise PlanError(
+            f"mesh {mesh} has {idle[0]}={mesh.sizes[idle[0]]}, but preset {name!r} splits nothing over it on this "
+            f"model: the devices along it would repeat each other's work. {_advice(idle[0])}"
+        )
     return Assignment(rows, mesh, compute, more["spill"], more["by_path"], more["storage"], tuple(more["notes"]))
 
 
@@ -203,19 +203,28 @@ def _sequence(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dic
     lengths = [row for row in rows.rows if row.role == "length"]
     return {
         "spill": {row.name: (TENSOR,) for row in lengths if row.size % mesh.tensor == 0},
-        "notes": [f"{row.name} ({row.size}) is not split: tensor={mesh.tensor} does not divide it"
-                  for row in lengths if row.size % mesh.tensor],
+        "notes": [
+            f"{row.name} ({row.size}) is not split: tensor={mesh.tensor} does not divide it"
+            for row in lengths
+            if row.size % mesh.tensor
+        ],
     }
 
 
 def _redco(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dict:
-    shapes = {path: tuple(size_of(dim) for dim in dims)
-              for path, dims in zip(table.paths(params), table.inputs(params), strict=True)}
+    shapes = {
+        path: tuple(size_of(dim) for dim in dims)
+        for path, dims in zip(table.paths(params), table.inputs(params), strict=True)
+    }
     return {"by_path": redco_rules(shapes, mesh.tensor)} if mesh.tensor > 1 else {}
 
 
 PRESETS: dict[str, Part] = {
-    "data": _data, "fsdp": _fsdp, "megatron": _megatron, "sequence": _sequence, "redco": _redco,
+    "data": _data,
+    "fsdp": _fsdp,
+    "megatron": _megatron,
+    "sequence": _sequence,
+    "redco": _redco,
 }
 
 
@@ -223,7 +232,8 @@ def redco_rules(shapes: Mapping[str, tuple[int, ...]], ways: int) -> dict[str, t
     """Redco's two rules, which go by names: dense kernels alternate between the two dimensions in alphabetical order;
     in attention, query, key and value are split on their output and the output projection on its input.
 
-    Whatever is not called `kernel` or `embedding` stays whole. Source: Redco (Tan et al. 2023, arXiv 2310.16355, section 3).
+    Whatever is not called `kernel` or `embedding` stays whole. Source: Redco (Tan et al. 2023, arXiv 2310.16355,
+    section 3).
     """
     specs: dict[str, tuple[tuple[str, ...], ...]] = {}
     last = 0
@@ -235,7 +245,9 @@ def redco_rules(shapes: Mapping[str, tuple[int, ...]], ways: int) -> dict[str, t
         if keys[-1] == "embedding":
             order = [0, len(shape) - 1]
         elif attention:
-            row_parallel = any(word in keys[-2].lower() for word in ("out", "o_proj", "wo", "dense", "c_proj")) or keys[-2] == "o"
+            row_parallel = (
+                any(word in keys[-2].lower() for word in ("out", "o_proj", "wo", "dense", "c_proj")) or keys[-2] == "o"
+            )
             order = [len(shape) - 2, len(shape) - 1] if row_parallel else [len(shape) - 1, len(shape) - 2]
         else:
             last = 1 - last
@@ -270,12 +282,16 @@ class _Conflicts:
         for c in table.contractions:
             for row in self._rows(c):
                 weights[row] += c.flops
-        self.candidates = [row for row in size if row.role not in skip and frozenset((row,)) not in pairs and
-                           (weights[row] or row.role == "vocab")]
+        self.candidates = [
+            row
+            for row in size
+            if row.role not in skip and frozenset((row,)) not in pairs and (weights[row] or row.role == "vocab")
+        ]
         index = {row: 1 << i for i, row in enumerate(self.candidates)}
         self.index = index
         self.conflict = {
-            row: sum(index[other] for other in self.candidates if frozenset((row, other)) in pairs) for row in self.candidates
+            row: sum(index[other] for other in self.candidates if frozenset((row, other)) in pairs)
+            for row in self.candidates
         }
         self.flops: Counter[int] = Counter()
         self.traffic: Counter[int] = Counter()
@@ -296,7 +312,9 @@ class _Conflicts:
         self.size = {index[row]: size[row] for row in self.candidates}
 
     def _rows(self, c: Contraction) -> set[Row]:
-        return {r for dims in (c.lhs, c.rhs) for dim in dims for axis in _with_segments(dim) if (r := self.rows.of(axis))}
+        return {
+            r for dims in (c.lhs, c.rhs) for dim in dims for axis in _with_segments(dim) if (r := self.rows.of(axis))
+        }
 
     def _mask(self, rows: set[Row]) -> int:
         return sum(self.index[row] for row in rows if row in self.index)
@@ -311,8 +329,10 @@ class _Conflicts:
 
         Exact by branch and bound; past 50,000 nodes the best set found so far is taken.
         """
-        rows = sorted((row for row in self.candidates if allowed(row)),
-                      key=lambda row: -sum(f for m, f in self.flops.items() if m & self.index[row]))
+        rows = sorted(
+            (row for row in self.candidates if allowed(row)),
+            key=lambda row: -sum(f for m, f in self.flops.items() if m & self.index[row]),
+        )
         total = max(sum(self.flops.values()), 1)
         best: tuple[tuple[float, float, float], int] = ((0.0, 0.0, 0.0), 0)
         nodes = 0

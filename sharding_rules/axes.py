@@ -242,7 +242,9 @@ class Contraction:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Something a rule saw about one axis: `kind` is "layers", "table", "position", "spatial", "group", "softmax", ..."""
+    """Something a rule saw about one axis: `kind` is "layers", "table", "position", "spatial", "group", "softmax",
+    ...
+    """
 
     kind: str
     dim: Dim
@@ -286,14 +288,14 @@ class AxisTable:
 class Inference:
     """State of one inference; what a primitive's rule gets as its first argument."""
 
-    def __init__(self, rules: dict[str, Callable[..., Any]]):
+    def __init__(self, rules: dict[str, Callable[..., Any]], call_rule: Callable[..., Any]):
         self.axes = Unifier()
         self.rules = rules
+        self.call_rule = call_rule
         self.contractions: list[Contraction] = []
         self.marks: list[Mark] = []
         self.unknown: dict[str, int] = {}
         self.notes: list[str] = []
-        self._opaque = 0
 
     # What rules use.
 
@@ -315,10 +317,19 @@ class Inference:
             self.marks.append(Mark(kind, dim))
 
     def call(
-        self, parent: Scope, position: int, jaxpr: Jaxpr | ClosedJaxpr, dims: Sequence[Dims], origins: Sequence[int],
-        *, trips: int = 1, opaque: bool = False,
+        self,
+        parent: Scope,
+        position: int,
+        jaxpr: Jaxpr | ClosedJaxpr,
+        dims: Sequence[Dims],
+        origins: Sequence[int],
+        *,
+        trips: int = 1,
+        opaque: bool = False,
     ) -> tuple[list[Dims], list[int]]:
-        """Infer through an inner jaxpr called by equation `position` of `parent`; its results' dimensions and origins."""
+        """Infer through an inner jaxpr called by equation `position` of `parent`; its results' dimensions and
+        origins.
+        """
         inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
         scope = Scope(inner, trips=parent.trips * trips, opaque=opaque or parent.opaque)
         parent.children.setdefault(position, []).append(scope)
@@ -346,7 +357,7 @@ class Inference:
     def _equation(self, scope: Scope, position: int, eqn: JaxprEqn) -> None:
         ins = [self.read(scope, atom) for atom in eqn.invars]
         origins = [self.origin(scope, atom) for atom in eqn.invars]
-        rule = self.rules.get(eqn.primitive.name) or _call_rule(eqn)
+        rule = self.rules.get(eqn.primitive.name) or (self.call_rule if inner_jaxpr(eqn) is not None else None)
         joined = 0
         for origin in origins:
             joined |= origin
@@ -400,13 +411,6 @@ class Called:
     origins: list[int]
 
 
-def _call_rule(eqn: JaxprEqn) -> Callable[..., Any] | None:
-    """Any primitive that carries one jaxpr over exactly its operands is a call: jit, remat, custom gradients, ..."""
-    from sharding_rules.primitives import inline_call
-
-    return inline_call if inner_jaxpr(eqn) is not None else None
-
-
 def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
     """The jaxpr that an equation calls once on exactly its operands, if it is such a call."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -428,9 +432,9 @@ def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "
     Returns:
         The table; reading it needs no device.
     """
-    from sharding_rules.primitives import RULES
+    from sharding_rules import control_flow, primitives
 
-    inference = Inference(RULES)
+    inference = Inference(primitives.RULES, control_flow.inline_call)
     scope = Scope(traced.jaxpr.jaxpr)
     origins: list[int] = []
     for name, arg in zip(traced.names, traced.args, strict=True):

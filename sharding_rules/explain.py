@@ -1,6 +1,6 @@
 """Why each array is split as it is: the table of axes, the parameters, and everything that stays whole, with its bytes.
 
-    print(layout.explain())
+print(layout.explain())
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ def explain(layout: Layout) -> str:
             continue
         axes = [a for a in assignment.compute.get(row.name, ()) if mesh.sizes[a] > 1]
         spill = [f"{a} between blocks" for a in assignment.spill.get(row.name, ()) if mesh.sizes[a] > 1]
-        rows.append((row.name, str(row.size), str(len(row.axes)), " x ".join(axes + spill) or "-", where.get(row.name, "activations")))
-    text += _columns(rows) + [""]
+        rows.append(
+            (
+                row.name,
+                str(row.size),
+                str(len(row.axes)),
+                " x ".join(axes + spill) or "-",
+                where.get(row.name, "activations"),
+            )
+        )
+    text += [*_columns(rows), ""]
 
     lines: dict[tuple, list[int]] = {}
     whole: dict[tuple[str, str], list[int]] = {}
@@ -56,8 +64,16 @@ def explain(layout: Layout) -> str:
             moved[generic] = moved.get(generic, 0) + bytes_per_device(leaf, compute.entries, mesh)
     table = [("parameter", "shape", "axes", "at rest", "in use", "bytes/device")]
     for (generic, shape, names, rest, compute), (count, size) in lines.items():
-        table.append((generic + (f" ({count})" if count > 1 else ""), shape, names, rest,
-                      "same" if rest == compute else compute, _bytes(size)))
+        table.append(
+            (
+                generic + (f" ({count})" if count > 1 else ""),
+                shape,
+                names,
+                rest,
+                "same" if rest == compute else compute,
+                _bytes(size),
+            )
+        )
     text += [*_columns(table), f"parameters: {_bytes(total)} per device", ""]
 
     if whole:

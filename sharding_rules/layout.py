@@ -82,8 +82,13 @@ class Layout:
         """PartitionSpecs of an optimizer state over these parameters, by tree path and shape."""
         return state_specs(abstract_state, self.traced.arg(self.params), self.specs(self.params))[0]
 
+    def on(self, mesh_shape: MeshShape, preset: str, *, rules: Sequence[tuple[str, Any]] = ()) -> Layout:
+        """The same model assigned to another mesh or by another preset; axes are not inferred again."""
+        return _assigned(self.table, self.rows, mesh_shape, preset, rules, None, self.params)
+
     def pin(self, mesh: Mesh, remat: str = "none") -> Callable[..., Any]:
-        """The function with its intermediates pinned: same arguments, same results, differentiable; call it under `jit`.
+        """The function with its intermediates pinned: same arguments, same results, differentiable; call it under
+        `jit`.
 
         Args:
             mesh: made by `make_mesh` with this layout's shape.
@@ -126,8 +131,14 @@ class Layout:
 
 
 def make_layout(
-    traced: TracedFunction, mesh_shape: MeshShape, preset: str = "data", *, rules: Sequence[tuple[str, Any]] = (),
-    table: dict[str, Any] | None = None, params: str = "params", batch: str = "batch",
+    traced: TracedFunction,
+    mesh_shape: MeshShape,
+    preset: str = "data",
+    *,
+    rules: Sequence[tuple[str, Any]] = (),
+    table: dict[str, Any] | None = None,
+    params: str = "params",
+    batch: str = "batch",
 ) -> Layout:
     """Infer axes and assign them to a mesh.
 
@@ -143,6 +154,18 @@ def make_layout(
     """
     axes = infer_axes(traced, params=params, batch=batch)
     rows = find_rows(axes, params=params, batch=batch)
+    return _assigned(axes, rows, mesh_shape, preset, rules, table, params)
+
+
+def _assigned(
+    axes: AxisTable,
+    rows: Rows,
+    mesh_shape: MeshShape,
+    preset: str,
+    rules: Sequence[tuple[str, Any]],
+    table: dict[str, Any] | None,
+    params: str,
+) -> Layout:
     if table is not None:
         assignment = assign(axes, rows, table, mesh_shape, params=params)
     else:
@@ -152,4 +175,3 @@ def make_layout(
         stated = override(axes.paths(params), shapes, rules, mesh_shape)
         assignment = dataclasses.replace(assignment, by_path={**assignment.by_path, **stated})
     return Layout(axes, rows, assignment, params)
-

@@ -79,7 +79,9 @@ class MeshShape:
             name, _, size = part.partition("=")
             if name not in AXES:
                 near = difflib.get_close_matches(name, AXES, n=1, cutoff=0.0)[0]
-                raise ValueError(f"unknown mesh axis {name!r} in {text!r}; did you mean {near!r}? (axes: {', '.join(AXES)})")
+                raise ValueError(
+                    f"unknown mesh axis {name!r} in {text!r}; did you mean {near!r}? (axes: {', '.join(AXES)})"
+                )
             if not size.isdigit() or int(size) < 1:
                 raise ValueError(f"mesh axis {part!r} in {text!r}: write it as {name}=N with N at least 1")
             sizes[name] = int(size)

@@ -3,10 +3,10 @@
     shares = array_spec(assignment, dims)                 # any array whose axes are known
     specs = state_specs(abstract_opt_state, params, param_specs)
 
-A dimension is a product of axes, major to minor, and a device's shard is contiguous: so the major axis can be split, and the
-next only once the one before it is split down to single elements. A dimension whose split axis is not the major one, or is
-repeated in the segments of a concatenation, is *misaligned*: a parameter is still split evenly at rest, and the compiler moves
-its values when it is used; an intermediate is left to the compiler there.
+A dimension is a product of axes, major to minor, and a device's shard is contiguous: so the major axis can be split,
+and the next only once the one before it is split down to single elements. A dimension whose split axis is not the
+major one, or is repeated in the segments of a concatenation, is *misaligned*: a parameter is still split evenly at
+rest, and the compiler moves its values when it is used; an intermediate is left to the compiler there.
 """
 
 from __future__ import annotations
@@ -90,12 +90,20 @@ def array_spec(assignment: Assignment, dims: Sequence[Dim], *, spill: bool = Fal
         for name in target:
             if name in used:
                 if used[name][0] != i:
-                    reasons.append(f"dimension {i} ({row}) stays whole: {name} already splits dimension {used[name][0]} ({used[name][1]})")
+                    reasons.append(
+                        f"dimension {i} ({row}) stays whole: {name} already splits "
+                        f"dimension {used[name][0]} ({used[name][1]})"
+                    )
                 continue
-            if size_of(resolved[i]) % (have * assignment.ways((*take, name))) == 0 and _fits(axis, assignment, (*take, name)):
+            if size_of(resolved[i]) % (have * assignment.ways((*take, name))) == 0 and _fits(
+                axis, assignment, (*take, name)
+            ):
                 take.append(name)
             else:
-                reasons.append(f"dimension {i} ({row}, {axis.size}) stays whole: {name}={assignment.mesh.sizes[name]} does not divide it")
+                reasons.append(
+                    f"dimension {i} ({row}, {axis.size}) stays whole: "
+                    f"{name}={assignment.mesh.sizes[name]} does not divide it"
+                )
                 break
         if not take:
             continue
@@ -148,20 +156,27 @@ def param_shares(assignment: Assignment, path: str, dims: Sequence[Dim]) -> tupl
 
 
 def _add_fsdp(assignment: Assignment, dims: Sequence[Dim], shape: tuple[int, ...], compute: Shares) -> Shares:
-    """At rest, also split over `fsdp`: a whole dimension if one divides, else one that is split already; the largest first."""
+    """At rest, also split over `fsdp`: a whole dimension if one divides, else one that is split already; the largest
+    first.
+    """
     ways = assignment.mesh.fsdp
     if not assignment.storage or ways == 1:
         return compute
     inner = [
-        i for i, dim in enumerate(dims)
+        i
+        for i, dim in enumerate(dims)
         if not any((row := assignment.rows.of(axis)) and row.role == "layers" for axis in leaves(dim))
     ]
     if sum(shape[i] > 1 for i in inner) < 2:
-        return dataclasses.replace(compute, reasons=(*compute.reasons, "a vector: gathering it would cost more time than its bytes"))
+        return dataclasses.replace(
+            compute, reasons=(*compute.reasons, "a vector: gathering it would cost more time than its bytes")
+        )
     local = {i: shape[i] // assignment.ways(compute.entries[i]) for i in inner}
     choices = [i for i in inner if local[i] % ways == 0]
     if not choices:
-        return dataclasses.replace(compute, reasons=(*compute.reasons, f"no dimension of {shape} divides by fsdp={ways}"))
+        return dataclasses.replace(
+            compute, reasons=(*compute.reasons, f"no dimension of {shape} divides by fsdp={ways}")
+        )
     best = min(choices, key=lambda i: (bool(compute.entries[i]), -local[i], i))
     entries = list(compute.entries)
     entries[best] = (*entries[best], FSDP)
@@ -174,8 +189,8 @@ def override(
     """Specs stated by the user, by regular expression over the whole path; a later rule wins.
 
     Raises:
-        PlanError: a pattern that matches no parameter (the nearest path is named), too many dimensions, an unknown mesh axis,
-            a mesh axis used twice, sizes that do not divide.
+        PlanError: a pattern that matches no parameter (the nearest path is named), too many dimensions, an unknown
+            mesh axis, a mesh axis used twice, sizes that do not divide.
     """
     import difflib
 
@@ -189,7 +204,9 @@ def override(
             path, shape = paths[k], shapes[k]
             entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
             if len(entries) > len(shape):
-                raise PlanError(f"rule {pattern!r} gives {len(entries)} dimensions, but parameter {path!r} has shape {shape}")
+                raise PlanError(
+                    f"rule {pattern!r} gives {len(entries)} dimensions, but parameter {path!r} has shape {shape}"
+                )
             entries += [()] * (len(shape) - len(entries))
             seen: dict[str, int] = {}
             for i, entry in enumerate(entries):
@@ -197,25 +214,27 @@ def override(
                     if axis not in AXES:
                         raise PlanError(f"rule {pattern!r}: {axis!r} is no mesh axis ({', '.join(AXES)})")
                     if axis in seen:
-                        raise PlanError(f"rule {pattern!r} splits parameter {path!r} twice over {axis!r}: "
-                                        f"dimensions {seen[axis]} and {i} of shape {shape}")
+                        raise PlanError(
+                            f"rule {pattern!r} splits parameter {path!r} twice over {axis!r}: "
+                            f"dimensions {seen[axis]} and {i} of shape {shape}"
+                        )
                     seen[axis] = i
                 ways = math.prod(mesh.sizes[axis] for axis in entry)
                 if shape[i] % ways:
                     near = max(w for w in range(1, ways + 1) if shape[i] % w == 0)
-                    raise PlanError(f"rule {pattern!r}: parameter {path!r}, dimension {i} of shape {shape} has {shape[i]} elements, "
-                                    f"which {'*'.join(entry)}={ways} does not divide; the nearest size that does is {near}")
+                    raise PlanError(
+                        f"rule {pattern!r}: parameter {path!r}, dimension {i} of shape {shape} has {shape[i]} "
+                        f"elements, which {'*'.join(entry)}={ways} does not divide; the nearest that does is {near}"
+                    )
             found[path] = tuple(tuple(a for a in entry if mesh.sizes[a] > 1) for entry in entries)
     return found
 
 
-def state_specs(
-    abstract_state: Any, abstract_params: Any, param_specs: Any
-) -> tuple[Any, list[str]]:
+def state_specs(abstract_state: Any, abstract_params: Any, param_specs: Any) -> tuple[Any, list[str]]:
     """PartitionSpecs of any optimizer state: a leaf whose path ends in a parameter's path is split like that parameter.
 
-    A leaf of another shape (the row and column moments of Adafactor) keeps the split of the dimensions it still has, when that
-    is unambiguous. Returns the tree of specs, and what was left whole.
+    A leaf of another shape (the row and column moments of Adafactor) keeps the split of the dimensions it still has,
+    when that is unambiguous. Returns the tree of specs, and what was left whole.
     """
     shapes = dict(zip(tree_paths(abstract_params), [x.shape for x in jax.tree.leaves(abstract_params)], strict=True))
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731

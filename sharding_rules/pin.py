@@ -2,17 +2,25 @@
 
     pinned = Pinner(table, assignment, mesh, remat="full")(*flat_args)
 
-The jaxpr is evaluated again, equation by equation, under the caller's trace. Pins go on the results of products, convolutions,
-gathers, scatters and concatenations, on the carries of loops, on the batch, and on a weight where it meets an activation (there
-its fsdp shards are gathered: inside the loop over layers, one layer at a time). Elementwise operations follow their operands.
-Custom gradients and kernels are evaluated as they are, with pins around them. On one device nothing is added.
+The jaxpr is evaluated again, equation by equation, under the caller's trace. Pins go on the results of products,
+convolutions, gathers, scatters and concatenations, on the carries of loops, on the batch, and on a weight where it
+meets an activation (there its fsdp shards are gathered: inside the loop over layers, one layer at a time).
+Elementwise operations follow their operands. Custom gradients and kernels are evaluated as they are, with pins around
+them. On one device nothing is added.
 
-Rematerialisation is applied in the same pass: the body of a loop over layers, or for unrolled models each stretch between two
-points where a single activation is alive, is wrapped in `jax.checkpoint`.
+A weight whose output dimension is a concatenation (fused QKV, gate and up) is multiplied segment by segment, so that
+each segment is split by its own axis; the pieces are carried apart through elementwise operations until the model
+splits them.
+
+Rematerialisation is applied in the same pass: the body of a loop over layers, or for unrolled models each stretch
+between two points where a single activation is alive, is wrapped in `jax.checkpoint`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,21 +30,63 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 from jax.sharding import Mesh, NamedSharding
 
 from sharding_rules.assignment import Assignment
-from sharding_rules.axes import BATCH, PARAM, AxisTable, Dims, Scope, leaves
+from sharding_rules.axes import BATCH, PARAM, AxisTable, Dim, Dims, Scope, leaves, size_of
 from sharding_rules.partition import array_spec, to_spec
+from sharding_rules.primitives import RULES, elementwise
 
 PINNED = frozenset(
-    """dot_general ragged_dot ragged_dot_general conv_general_dilated gather scatter scatter-add scatter_add concatenate
-    dynamic_update_slice split cumsum sort top_k custom_vjp_call custom_vjp_call_jaxpr shard_map reduce_window_max
-    reduce_window_sum pallas_call""".split()
+    """
+    dot_general ragged_dot ragged_dot_general conv_general_dilated gather scatter scatter-add scatter_add
+    concatenate dynamic_update_slice split cumsum sort top_k custom_vjp_call custom_vjp_call_jaxpr shard_map
+    reduce_window_max reduce_window_sum pallas_call
+    """.split()
 )
 """Primitives whose results are pinned."""
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 POLICIES: dict[str, Callable[..., Any] | None] = {
-    "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 ACTIVATION = PARAM | BATCH
+OUTER_ROLES = frozenset({"batch", "length", "spatial"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """An array in consecutive pieces along one dimension: what a product with a concatenated weight gives."""
+
+    parts: tuple[Any, ...]
+    dimension: int
+
+    @property
+    def dtype(self) -> Any:
+        return self.parts[0].dtype
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(part.shape[self.dimension] for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.parts[0].shape
+        return (*shape[: self.dimension], sum(self.sizes), *shape[self.dimension + 1 :])
+
+    def whole(self) -> Any:
+        return jnp.concatenate(self.parts, axis=self.dimension)
+
+    def cut(self, x: Any) -> list[Any]:
+        """Cut a whole array of the same shape like this one."""
+        if isinstance(x, Pieces):
+            return list(x.parts)
+        return jnp.split(x, list(_offsets(self.sizes))[1:-1], axis=self.dimension)
+
+
+def _offsets(sizes: Sequence[int]) -> list[int]:
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size)
+    return offsets
 
 
 class Pinner:
@@ -48,7 +98,6 @@ class Pinner:
         self.mesh = mesh
         self.remat = remat
         self.active = mesh.size > 1
-        self.param_roles = {"batch", "length", "spatial"}
 
     def __call__(self, *args: Any) -> list[Any]:
         scope = self.table.scope
@@ -63,16 +112,18 @@ class Pinner:
         else:
             self._run(scope, env, range(len(scope.jaxpr.eqns)))
         return [
-            self.pin(self._read(env, var), scope.dims[var]) if isinstance(var, Var) else self._read(env, var)
+            self.pin(whole(self._read(env, var)), scope.dims[var]) if isinstance(var, Var) else self._read(env, var)
             for var in scope.jaxpr.outvars
         ]
 
     def pin(self, x: Any, dims: Dims, *, weight: bool = False) -> Any:
         """Constrain one array to the split of its axes."""
-        if not self.active or not dims or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        if isinstance(x, Pieces) or not self.active or not dims or jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return x
         spill = not weight and any(
-            (row := self.assignment.rows.of(axis)) and row.role not in self.param_roles for dim in dims for axis in leaves(dim)
+            (row := self.assignment.rows.of(axis)) and row.role not in OUTER_ROLES
+            for dim in dims
+            for axis in leaves(dim)
         )
         shares = array_spec(self.assignment, dims, spill=spill)
         spec = to_spec(shares.entries, unconstrained=shares.misaligned)
@@ -86,7 +137,7 @@ class Pinner:
         env: dict[Var, Any] = dict(zip(scope.jaxpr.invars, args, strict=True))
         env.update(zip(scope.jaxpr.constvars, consts, strict=True))
         self._run(scope, env, range(len(scope.jaxpr.eqns)))
-        return [self._read(env, var) for var in scope.jaxpr.outvars]
+        return [whole(self._read(env, var)) for var in scope.jaxpr.outvars]
 
     def _run(self, scope: Scope, env: dict[Var, Any], positions: Sequence[int]) -> None:
         for position in positions:
@@ -100,6 +151,8 @@ class Pinner:
         name = eqn.primitive.name
         children = scope.children.get(position)
         if children and not children[0].opaque:
+            if name not in CALLS:
+                values = [x.whole() if isinstance(x, Pieces) else x for x in values]
             if name == "scan":
                 return self._scan(scope, eqn, children[0], values)
             if name == "while":
@@ -114,11 +167,23 @@ class Pinner:
             if name in CHECKPOINTS:
                 body = jax.checkpoint(
                     lambda *xs: self._call(children[0], xs, consts),
-                    policy=eqn.params.get("policy"), prevent_cse=eqn.params.get("prevent_cse", True),
+                    policy=eqn.params.get("policy"),
+                    prevent_cse=eqn.params.get("prevent_cse", True),
                 )
                 return body(*values)
             if name in CALLS:
                 return self._call(children[0], values, consts)
+        if any(isinstance(x, Pieces) for x in values):
+            pieces = self._on_pieces(eqn, values)
+            if pieces is not None:
+                return [self.pin(x, scope.dims[var]) for x, var in zip(pieces, eqn.outvars, strict=True)]
+            values = [x.whole() if isinstance(x, Pieces) else x for x in values]
+        if (
+            name == "dot_general"
+            and self.active
+            and (product := self._product_in_pieces(scope, eqn, values)) is not None
+        ):
+            return [product]
         values = self._gathered(scope, eqn, values)
         outs = evaluate(eqn, values)
         if name in PINNED:
@@ -129,7 +194,12 @@ class Pinner:
         return outs
 
     def _gathered(self, scope: Scope, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-        """Pin weights where they meet an activation."""
+        """Pin weights where they meet an activation, which gathers their fsdp shards.
+
+        Their gradients are left to the compiler: it makes reduce-scatters of them where they are stored. Pinning a
+        gradient to the weight's split at rest makes XLA:TPU choose windowed loops instead, and costs a quarter more
+        temporaries (`benchmarks/pinning.py`'s model: 2,018 against 1,583 MB).
+        """
         origins = [0 if isinstance(atom, Literal) else scope.origin[atom] for atom in eqn.invars]
         if not any(origin & BATCH for origin in origins):
             return values
@@ -137,6 +207,71 @@ class Pinner:
             self.pin(x, scope.dims[atom], weight=True) if origin == PARAM and isinstance(atom, Var) else x
             for x, origin, atom in zip(values, origins, eqn.invars, strict=True)
         ]
+
+    # Concatenated weights.
+
+    def _product_in_pieces(self, scope: Scope, eqn: JaxprEqn, values: list[Any]) -> Pieces | None:
+        """Multiply by a concatenated weight segment by segment, if its segments are split by an axis of their own."""
+        (contracting, batch) = eqn.params["dimension_numbers"]
+        for side in (0, 1):
+            atom, other = eqn.invars[side], eqn.invars[1 - side]
+            if not isinstance(atom, Var) or scope.origin[atom] != PARAM:
+                continue
+            if not isinstance(other, Var) or not scope.origin[other] & BATCH:
+                continue
+            dims = scope.dims[atom]
+            free = [i for i in range(len(dims)) if i not in (*contracting[side], *batch[side])]
+            for i in array_spec(self.assignment, dims).misaligned & set(free):
+                segments = _segments(dims[i])
+                if segments is None:
+                    continue
+                out = len(batch[0]) + free.index(i)
+                if side == 1:
+                    out += values[0].ndim - len(contracting[0]) - len(batch[0])
+                offsets = _offsets([size_of(segment) for segment in segments])
+                parts = []
+                for segment, start, stop in zip(segments, offsets, offsets[1:], strict=False):
+                    piece = jax.lax.slice_in_dim(values[side], start, stop, axis=i)
+                    piece = self.pin(
+                        piece, tuple(segment if j == i else dim for j, dim in enumerate(dims)), weight=True
+                    )
+                    operands = (piece, values[1]) if side == 0 else (values[0], piece)
+                    product = eqn.primitive.bind(*operands, **eqn.params)
+                    out_dims = scope.dims[eqn.outvars[0]]
+                    parts.append(self.pin(product, tuple(segment if j == out else d for j, d in enumerate(out_dims))))
+                return Pieces(tuple(parts), out)
+        return None
+
+    @staticmethod
+    def _on_pieces(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
+        """Carry pieces through one equation; None where they have to be put together first."""
+        pieces = next(x for x in values if isinstance(x, Pieces))
+        name, d, params = eqn.primitive.name, pieces.dimension, eqn.params
+        if RULES.get(name) is elementwise and len(eqn.outvars) == 1 and not any("jaxpr" in key for key in params):
+            alike = all(
+                not jnp.shape(x)
+                or (jnp.shape(x) == pieces.shape and (not isinstance(x, Pieces) or x.sizes == pieces.sizes))
+                for x in values
+            )
+            if not alike:
+                return None
+            cuts = [pieces.cut(x) if jnp.shape(x) else [x] * len(pieces.parts) for x in values]
+            return [Pieces(tuple(eqn.primitive.bind(*part, **params) for part in zip(*cuts, strict=True)), d)]
+        if name == "split" and params["axis"] == d and tuple(params["sizes"]) == pieces.sizes:
+            return list(pieces.parts)
+        if name == "slice" and not params["strides"]:
+            spans = list(zip(params["start_indices"], params["limit_indices"], strict=True))
+            offsets = _offsets(pieces.sizes)
+            if all(span == (0, n) for j, (span, n) in enumerate(zip(spans, pieces.shape, strict=True)) if j != d):
+                for part, start, stop in zip(pieces.parts, offsets, offsets[1:], strict=False):
+                    if spans[d] == (start, stop):
+                        return [part]
+        if name == "reshape" and len(set(pieces.sizes)) == 1 and params["dimensions"] is None:
+            shape, before = params["new_sizes"], math.prod(pieces.shape[:d])
+            for j in range(len(shape)):
+                if math.prod(shape[:j]) == before and shape[j] == len(pieces.parts):
+                    return [jnp.concatenate([p.reshape(*shape[:j], 1, *shape[j + 1 :]) for p in pieces.parts], axis=j)]
+        return None
 
     def _scan(self, scope: Scope, eqn: JaxprEqn, child: Scope, values: list[Any]) -> list[Any]:
         p = eqn.params
@@ -158,8 +293,12 @@ class Pinner:
         if self.remat != "none" and layers and not any(e.primitive.name in CHECKPOINTS for e in child.jaxpr.eqns):
             inner = jax.checkpoint(inner, policy=POLICIES[self.remat], prevent_cse=False)
         carry, ys = jax.lax.scan(
-            lambda carry, xs: inner(consts, carry, xs), pinned(carry), xs,
-            length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
+            lambda carry, xs: inner(consts, carry, xs),
+            pinned(carry),
+            xs,
+            length=p["length"],
+            reverse=p["reverse"],
+            unroll=p["unroll"],
         )
         return [*carry, *ys]
 
@@ -176,11 +315,13 @@ class Pinner:
     # Rematerialisation of unrolled models.
 
     def _run_in_stretches(self, scope: Scope, env: dict[Var, Any]) -> None:
-        """Wrap each stretch between two points with one live activation in `jax.checkpoint`; the last one, the loss, is kept."""
+        """Wrap each stretch between two points with one live activation in `jax.checkpoint`; the last one, the loss,
+        is kept.
+        """
         eqns = scope.jaxpr.eqns
         cuts = [0, *stretches(scope), len(eqns)]
         last_use = _last_uses(scope.jaxpr)
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             positions = range(start, stop)
             if stop == len(eqns):
                 self._run(scope, env, positions)
@@ -192,7 +333,7 @@ class Pinner:
             def stretch(*inputs: Any, reads=reads, kept=kept, positions=positions) -> list[Any]:
                 local = dict(zip(reads, inputs, strict=True))
                 self._run(scope, local, positions)
-                return [local[var] for var in kept]
+                return [whole(local[var]) for var in kept]
 
             outs = jax.checkpoint(stretch, policy=POLICIES[self.remat])(*(env[var] for var in reads))
             env.update(zip(kept, outs, strict=True))
@@ -208,7 +349,9 @@ def stretches(scope: Scope) -> list[int]:
     work = False
     for k, eqn in enumerate(eqns):
         work = work or eqn.primitive.name in {"dot_general", "conv_general_dilated"} or k in scope.children
-        alive |= {v for v in eqn.outvars if scope.origin.get(v) == ACTIVATION and v.aval.shape and last_use.get(v, -1) > k}
+        alive |= {
+            v for v in eqn.outvars if scope.origin.get(v) == ACTIVATION and v.aval.shape and last_use.get(v, -1) > k
+        }
         alive -= {v for v in alive if last_use.get(v, -1) <= k}
         new = alive - saved
         if work and len(new) <= 1 and k + 1 < len(eqns) and alive:
@@ -232,6 +375,21 @@ def _loops_over_layers(scope: Scope) -> bool:
                 if any(isinstance(a, Var) and inner.origin[a] == PARAM for a in xs):
                     return True
     return False
+
+
+def whole(x: Any) -> Any:
+    """Put pieces together; any other value as it is."""
+    return x.whole() if isinstance(x, Pieces) else x
+
+
+def _segments(dim: Dim) -> tuple[Dim, ...] | None:
+    """The consecutive segments of a dimension: those of a concatenation, or those that a leading factor counts."""
+    axes = leaves(dim)
+    if len(axes) == 1 and axes[0].segments is not None:
+        return axes[0].segments
+    if len(axes) > 1 and axes[0].size <= 8:
+        return tuple(axes[1:] for _ in range(axes[0].size))
+    return None
 
 
 def evaluate(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:

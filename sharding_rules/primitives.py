@@ -7,19 +7,20 @@ A rule takes the `Inference` and the `Equation` and returns the dimensions of th
         (x,) = eq.ins
         return [tuple(x[i] for i in eq.params["permutation"])]
 
-To teach the toolkit a new primitive, write such a function (in user code too: `@rule("my_kernel")`). A primitive with no
-rule gets fresh axes and is listed by `explain`; nothing fails.
+To teach the toolkit a new primitive, write such a function, in user code too: `@rule("my_kernel")`. A primitive with no rule
+gets fresh axes and is listed by `explain`; nothing fails.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend.core import Literal
 
-from sharding_rules.axes import Called, Contraction, Dim, Dims, Equation, Inference, find, inner_jaxpr, leaves, size_of
+from sharding_rules.axes import Contraction, Dim, Dims, Equation, Inference, leaves, size_of
 
 RULES: dict[str, Callable[[Inference, Equation], Any]] = {}
 
@@ -38,14 +39,17 @@ def rule(*names: str) -> Callable[..., Any]:
 # Elementwise.
 
 
-@rule(
-    *"""abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
-    convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
-    imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg nextafter not or
-    polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
-    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32
-    xor zeta""".split()
-)
+ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
+    complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
+    expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to
+    max min mul name ne neg nextafter not or polygamma population_count pow real reduce_precision
+    regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor zeta
+""".split()
+
+
+@rule(*ELEMENTWISE)
 def elementwise(inf: Inference, eq: Equation) -> list[Dims]:
     """Operands of the result's shape share its axes; scalars and size-1 dimensions join nothing."""
     outs = []
@@ -65,8 +69,21 @@ def elementwise(inf: Inference, eq: Equation) -> list[Dims]:
     return outs
 
 
-@rule("optimization_barrier", "sharding_constraint", "device_put", "pvary", "pcast", "pbroadcast", "reshard",
-      "psum", "psum_invariant", "pmax", "pmin", "ppermute", "mesh_cast")
+@rule(
+    "optimization_barrier",
+    "sharding_constraint",
+    "device_put",
+    "pvary",
+    "pcast",
+    "pbroadcast",
+    "reshard",
+    "psum",
+    "psum_invariant",
+    "pmax",
+    "pmin",
+    "ppermute",
+    "mesh_cast",
+)
 def pass_through(inf: Inference, eq: Equation) -> list[Dims]:
     """Each result is its operand."""
     return list(eq.ins)
@@ -77,9 +94,30 @@ def bitcast(inf: Inference, eq: Equation) -> list[Dims] | None:
     return list(eq.ins) if eq.in_shapes == eq.out_shapes else None
 
 
-@rule("iota", "rng_bit_generator", "rng_uniform", "random_bits", "random_seed", "random_split", "random_fold_in",
-      "random_wrap", "random_unwrap", "random_clone", "random_gamma", "axis_index", "empty", "create_token", "full",
-      "debug_callback", "debug_print", "psum_scatter", "reduce_scatter", "all_gather", "all_gather_invariant", "all_to_all")
+@rule(
+    "iota",
+    "rng_bit_generator",
+    "rng_uniform",
+    "random_bits",
+    "random_seed",
+    "random_split",
+    "random_fold_in",
+    "random_wrap",
+    "random_unwrap",
+    "random_clone",
+    "random_gamma",
+    "axis_index",
+    "empty",
+    "create_token",
+    "full",
+    "debug_callback",
+    "debug_print",
+    "psum_scatter",
+    "reduce_scatter",
+    "all_gather",
+    "all_gather_invariant",
+    "all_to_all",
+)
 def fresh(inf: Inference, eq: Equation) -> list[Dims]:
     """New axes: an iota or random numbers take the axes of what they are combined with."""
     return [inf.fresh(shape) for shape in eq.out_shapes]
@@ -122,7 +160,9 @@ def reshape(inf: Inference, eq: Equation) -> list[Dims]:
         for k in outs:
             cut = inf.axes.take(run, shape[k])
             if cut is None:
-                inf.notes.append(f"reshape {source} -> {shape}: dimension {k} cuts inside an axis; it gets an axis of its own")
+                inf.notes.append(
+                    f"reshape {source} -> {shape}: dimension {k} cuts inside an axis; it gets an axis of its own"
+                )
                 out.extend(inf.fresh([shape[j] for j in outs[len(out) - outs[0] :]]))
                 break
             out.append(cut[0])
@@ -153,7 +193,9 @@ def same_dims(inf: Inference, eq: Equation) -> list[Dims]:
     return [eq.ins[0]]
 
 
-@rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin")
+@rule(
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"
+)
 def reduce(inf: Inference, eq: Equation) -> list[Dims]:
     (x,) = eq.ins
     if eq.eqn.primitive.name == "reduce_max":
@@ -208,7 +250,7 @@ def slice_(inf: Inference, eq: Equation) -> list[Dims]:
             inf.mark("indexed", dim)
             out.append(())
         elif strides[i] == 1 and (cuts := _tiling(eq, i)):
-            pieces = _pieces(inf, dim, [b - a for a, b in zip(cuts, cuts[1:], strict=False)])
+            pieces = _pieces(inf, dim, [b - a for a, b in itertools.pairwise(cuts)])
             out.append(pieces[cuts.index(starts[i])])
         else:
             inf.mark("window", dim)
@@ -227,7 +269,7 @@ def _tiling(eq: Equation, dimension: int) -> list[int] | None:
             if span != (0, size):
                 spans.add(span)
     ordered = sorted(spans)
-    if len(ordered) < 2 or any(b[0] < a[1] for a, b in zip(ordered, ordered[1:], strict=False)):
+    if len(ordered) < 2 or any(b[0] < a[1] for a, b in itertools.pairwise(ordered)):
         return None
     return sorted({0, size, *(edge for span in ordered for edge in span)})
 
@@ -246,7 +288,9 @@ def _pieces(inf: Inference, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     if len(now) == 1:
         inf.unify(dim, whole)
     else:
-        inf.notes.append(f"split of {size_of(dim)} into {list(sizes)} cuts across factors {[a.size for a in now]}; left apart")
+        inf.notes.append(
+            f"split of {size_of(dim)} into {list(sizes)} cuts across factors {[a.size for a in now]}; left apart"
+        )
     return pieces
 
 
@@ -302,8 +346,19 @@ def gather(inf: Inference, eq: Equation) -> list[Dims]:
     return [tuple(out)]
 
 
-@rule("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul", "scatter-min", "scatter_min",
-      "scatter-max", "scatter_max", "scatter-sub", "scatter_sub")
+@rule(
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+    "scatter-mul",
+    "scatter_mul",
+    "scatter-min",
+    "scatter_min",
+    "scatter-max",
+    "scatter_max",
+    "scatter-sub",
+    "scatter_sub",
+)
 def scatter(inf: Inference, eq: Equation) -> list[Dims]:
     (x, indices, updates), numbers = eq.ins, eq.params["dimension_numbers"]
     source, update_shape = eq.in_shapes[0], eq.in_shapes[2]
@@ -363,7 +418,10 @@ def dot_general(inf: Inference, eq: Equation) -> list[Dims]:
 def ragged_dot(inf: Inference, eq: Equation) -> list[Dims] | None:
     """(m, k) x (groups, k, n) -> (m, n), the groups of rows each with a matrix of their own."""
     lhs, rhs, groups = eq.ins[:3]
-    if [len(d) for d in (lhs, rhs, groups)] != [2, 3, 1] or eq.out_shapes[0] != (eq.in_shapes[0][0], eq.in_shapes[1][2]):
+    if [len(d) for d in (lhs, rhs, groups)] != [2, 3, 1] or eq.out_shapes[0] != (
+        eq.in_shapes[0][0],
+        eq.in_shapes[1][2],
+    ):
         return None
     inf.unify(lhs[1], rhs[1])
     inf.unify(groups[0], rhs[0])
@@ -379,8 +437,20 @@ def _contraction(
 ) -> None:
     lhs_key, rhs_key = (None if isinstance(atom, Literal) else atom for atom in eq.eqn.invars[:2])
     inf.contractions.append(
-        Contraction(kind, eq.ins[0], eq.ins[1], out, batch, contracted, eq.origins[0], eq.origins[1], lhs_key, rhs_key,
-                    flops, eq.scope.trips)
+        Contraction(
+            kind,
+            eq.ins[0],
+            eq.ins[1],
+            out,
+            batch,
+            contracted,
+            eq.origins[0],
+            eq.origins[1],
+            lhs_key,
+            rhs_key,
+            flops,
+            eq.scope.trips,
+        )
     )
 
 
@@ -403,7 +473,9 @@ def conv_general_dilated(inf: Inference, eq: Equation) -> list[Dims]:
             if ins[1] and kernel_in:
                 inf.unify(ins[1], kernel_in)
     for k, (a, b) in enumerate(zip(lhs_spec[2:], out_spec[2:], strict=True)):
-        out[b] = _strided(inf, lhs[a], eq.in_shapes[0][a], eq.out_shapes[0][b], p["window_strides"][k], p["lhs_dilation"][k])
+        out[b] = _strided(
+            inf, lhs[a], eq.in_shapes[0][a], eq.out_shapes[0][b], p["window_strides"][k], p["lhs_dilation"][k]
+        )
         inf.mark("spatial", lhs[a])
         inf.mark("spatial", out[b])
         inf.mark("window", rhs[rhs_spec[2 + k]])
@@ -415,8 +487,14 @@ def conv_general_dilated(inf: Inference, eq: Equation) -> list[Dims]:
     return [tuple(out)]
 
 
-@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window", "select_and_gather_add",
-      "cumred_reduce_window_impl")
+@rule(
+    "reduce_window_sum",
+    "reduce_window_max",
+    "reduce_window_min",
+    "reduce_window",
+    "select_and_gather_add",
+    "cumred_reduce_window_impl",
+)
 def reduce_window(inf: Inference, eq: Equation) -> list[Dims]:
     strides = eq.params["window_strides"]
     out = tuple(
@@ -434,110 +512,3 @@ def _strided(inf: Inference, dim: Dim, size: int, out_size: int, stride: int, di
     if out_size == size * dilation:
         return (*dim, *inf.axes.fresh(dilation))
     return inf.axes.fresh(out_size)
-
-
-# Calls and control flow.
-
-
-def inline_call(inf: Inference, eq: Equation) -> Called:
-    """jit, remat, custom gradients: through the inner jaxpr. Custom gradients are read but never rewritten."""
-    inner = inner_jaxpr(eq.eqn)
-    if inner is None:
-        raise ValueError(f"{eq.eqn.primitive.name} calls no jaxpr")
-    opaque = eq.eqn.primitive.name.startswith(("custom_vjp", "custom_jvp", "shard_map"))
-    return Called(*inf.call(eq.scope, eq.position, inner, eq.ins, eq.origins, opaque=opaque))
-
-
-@rule("scan")
-def scan(inf: Inference, eq: Equation) -> Called:
-    """The carry's axes are the same going in and coming out; scanned inputs and outputs share the axis of iterations."""
-    consts, carry = eq.params["num_consts"], eq.params["num_carry"]
-    length = inf.axes.fresh(eq.params["length"])
-    for dims, origin in zip(eq.ins[consts + carry :], eq.origins[consts + carry :], strict=True):
-        if length and dims[0]:
-            inf.unify(length, dims[0])
-        if origin == 1:
-            inf.mark("layers", length)
-        elif origin & 2:
-            inf.mark("time", length)
-    joined = 0
-    for origin in eq.origins:
-        joined |= origin
-    dims = eq.ins[: consts + carry] + [d[1:] for d in eq.ins[consts + carry :]]
-    origins = [*eq.origins[:consts], *([joined] * carry), *eq.origins[consts + carry :]]
-    outs, out_origins = inf.call(eq.scope, eq.position, eq.params["jaxpr"], dims, origins, trips=eq.params["length"])
-    for before, after in zip(eq.ins[consts : consts + carry], outs[:carry], strict=True):
-        inf.unify_all(before, after)
-    stacked = [(length, *dims) for dims in outs[carry:]]
-    return Called(outs[:carry] + stacked, out_origins)
-
-
-@rule("while")
-def while_(inf: Inference, eq: Equation) -> Called:
-    cond_n, body_n = eq.params["cond_nconsts"], eq.params["body_nconsts"]
-    joined = 0
-    for origin in eq.origins:
-        joined |= origin
-    cond_consts, body_consts, carry = eq.ins[:cond_n], eq.ins[cond_n : cond_n + body_n], eq.ins[cond_n + body_n :]
-    origins = [*eq.origins[cond_n : cond_n + body_n], *([joined] * len(carry))]
-    outs, out_origins = inf.call(eq.scope, eq.position, eq.params["body_jaxpr"], body_consts + carry, origins)
-    inf.call(eq.scope, eq.position, eq.params["cond_jaxpr"], cond_consts + carry,
-             [*eq.origins[:cond_n], *([joined] * len(carry))], opaque=True)
-    for before, after in zip(carry, outs, strict=True):
-        inf.unify_all(before, after)
-    return Called(outs, out_origins)
-
-
-@rule("cond")
-def cond(inf: Inference, eq: Equation) -> Called:
-    results = [
-        inf.call(eq.scope, eq.position, branch, eq.ins[1:], eq.origins[1:]) for branch in eq.params["branches"]
-    ]
-    outs, origins = results[0]
-    for other, other_origins in results[1:]:
-        for a, b in zip(outs, other, strict=True):
-            inf.unify_all(a, b)
-        origins = [a | b for a, b in zip(origins, other_origins, strict=True)]
-    return Called(outs, [origin | eq.origins[0] for origin in origins])
-
-
-@rule("shard_map")
-def shard_map(inf: Inference, eq: Equation) -> Called | None:
-    """Inside, arrays are shards: a dimension cut `n` ways enters as its minor part, and leaves with the major part back."""
-    inner, mesh = eq.params["jaxpr"], eq.params["mesh"]
-    majors: dict[Any, Dim] = {}
-    locals_: list[Dims] = []
-    for dims, spec in zip(eq.ins, eq.params["in_specs"], strict=True):
-        local: list[Dim] = []
-        for i, dim in enumerate(dims):
-            entry = spec[i] if i < len(spec) else None
-            cut = inf.axes.take(dim, _ways(mesh, entry))
-            if cut is None:
-                return None
-            if entry is not None and cut[0]:
-                if majors.setdefault(entry, cut[0]) is not cut[0]:
-                    inf.unify(majors[entry], cut[0])
-            local.append(cut[1])
-        locals_.append(tuple(local))
-    outs, origins = inf.call(eq.scope, eq.position, inner, locals_, eq.origins, opaque=True)
-    whole: list[Dims] = []
-    for dims, spec in zip(outs, eq.params["out_specs"], strict=True):
-        out: list[Dim] = []
-        for i, dim in enumerate(dims):
-            entry = spec[i] if i < len(spec) else None
-            ways = _ways(mesh, entry)
-            major = majors.get(entry) or inf.axes.fresh(ways) if ways > 1 else ()
-            out.append((*major, *dim))
-        whole.append(tuple(out))
-    return Called(whole, origins)
-
-
-def _ways(mesh: Any, entry: Any) -> int:
-    names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(mesh.shape[name] for name in names)
-
-
-def is_segmented(dim: Dim) -> bool:
-    """Whether a dimension is one concatenation."""
-    now = leaves(dim)
-    return len(now) == 1 and find(now[0]).segments is not None

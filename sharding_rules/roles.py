@@ -1,13 +1,15 @@
-"""What an axis is, from structure alone: batch, length, vocab, embed, heads, kv_heads, head_dim, mlp, expert, layers, ...
+"""What an axis is, from structure alone: batch, length, vocab, embed, heads, kv_heads, head_dim, mlp, expert, layers,
+...
 
     rows = find_rows(table)
     rows.of(axis).name          # "mlp"
 
-No name of a parameter is read. An axis of experts is one that a weight keeps as a batch dimension of a product; heads are
-the axes of weights over which a product of two activations is batched; the vocabulary is what token ids index.
+No name of a parameter is read. An axis of experts is one that a weight keeps as a batch dimension of a product; heads
+are the axes of weights over which a product of two activations is batched; the vocabulary is what token ids index.
 
-Axes with the same role and the same neighbours (through the parameters that contain them) form one *row*: the 80 `mlp` axes
-of 80 unrolled layers are one decision. Neighbours are compared by colour refinement (Weisfeiler and Leman 1968).
+Axes with the same role and the same neighbours (through the parameters that contain them) form one *row*: the 80
+`mlp` axes of 80 unrolled layers are one decision. Neighbours are compared by colour refinement (Weisfeiler and Leman
+1968).
 """
 
 from __future__ import annotations
@@ -170,9 +172,11 @@ def _name_hidden(table: AxisTable, param_dims, in_params, name, roles: dict[Axis
     hidden = [a for a in in_params if a not in roles]
     embed = [a for a in hidden if a in touching and a.segments is None]
     if not embed:
-        # No attention and no vocabulary: of two axes that feed each other, the one in more parameters runs between blocks.
+        # No attention and no vocabulary: of two axes that feed each other, the one in more parameters runs between
+        # blocks.
         embed = [
-            a for a in hidden
+            a
+            for a in hidden
             if any((a, b) in pairs and (b, a) in pairs and a is not b and count[a] > count[b] for b in hidden)
         ]
     name(embed, "embed")
@@ -196,7 +200,9 @@ def _refine(table: AxisTable, roles: dict[Axis, str], params: str) -> dict[Axis,
                 members[axis].append((k, i))
     while True:
         shapes = [tuple(tuple(colours.get(a, -1) for a in dim) for dim in dims) for dims in arrays]
-        keyed = {axis: (colour, frozenset((shapes[k], i) for k, i in members[axis])) for axis, colour in colours.items()}
+        keyed = {
+            axis: (colour, frozenset((shapes[k], i) for k, i in members[axis])) for axis, colour in colours.items()
+        }
         refined = _number(keyed)
         if len(set(refined.values())) == len(set(colours.values())):
             return refined

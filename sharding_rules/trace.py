@@ -40,8 +40,15 @@ def tree_paths(tree: Any) -> list[str]:
 
 def abstract(tree: Any) -> Any:
     """Replace every array of a tree by its `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.dtypes.canonicalize_dtype(x.dtype)
-                        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.dtype), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            jax.numpy.shape(x),
+            jax.dtypes.canonicalize_dtype(x.dtype)
+            if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+            else x.dtype,
+        ),
+        tree,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
