@@ -6,6 +6,11 @@ from pipelines.resolve import resolve_plan
 from pipelines.train import TrainProgram, TrainState, build_train_program
 
 __all__ = [
-    "LossOutput", "PredictProgram", "TrainProgram", "TrainState",
-    "build_predict_program", "build_train_program", "resolve_plan",
+    "LossOutput",
+    "PredictProgram",
+    "TrainProgram",
+    "TrainState",
+    "build_predict_program",
+    "build_train_program",
+    "resolve_plan",
 ]

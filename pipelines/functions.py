@@ -3,9 +3,9 @@
     loss = normalise_loss(loss_fn, training=True)
     total, aux = loss(params, batch, rng, state)      # a sum, its weight, metrics as (sum, weight), the new state
 
-A user's function takes what it names of `(params, batch, rng, state, training)`. Everything is a sum and a weight inside,
-so that the mean over the global batch is the sum of sums over the sum of weights: whatever the mesh, the number of
-microbatches and the mask.
+A user's function takes what it names of `(params, batch, rng, state, training)`. Inside, everything is a sum and a
+weight, so that the mean over the global batch is the sum of sums over the sum of weights: whatever the mesh, the number
+of microbatches and the mask.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ def argument_names(fn: Callable[..., Any], allowed: Sequence[str], *, role: str)
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
             near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{role} takes an argument {name!r}, which nobody gives it. It may name any of "
-                             f"({', '.join(allowed)}).{hint}")  # fmt: skip
+            raise ValueError(
+                f"{role} takes an argument {name!r}, which nobody gives it; it may name any of "
+                f"({', '.join(allowed)}).{hint}"
+            )
     return tuple(names)
 
 
@@ -134,12 +136,14 @@ def normalise_loss(loss_fn: Callable[..., Any], *, training: bool) -> Callable[.
         metrics = {}
         for name, value in sorted(output.metrics.items()):
             if name in RESERVED_METRICS:
-                raise ValueError(f"loss_fn returns a metric called {name!r}; the trainer logs its own under that name "
-                                 f"(taken: {', '.join(RESERVED_METRICS)})")  # fmt: skip
+                raise ValueError(
+                    f"loss_fn returns a metric called {name!r}; the trainer logs its own under that name "
+                    f"(taken: {', '.join(RESERVED_METRICS)})"
+                )
             match value:
                 case (value_sum, value_weight):
-                    metrics[name] = (_scalar(value_sum, f"the sum of metric {name!r}"),
-                                     _scalar(value_weight, f"the weight of metric {name!r}"))  # fmt: skip
+                    value_sum = _scalar(value_sum, f"the sum of metric {name!r}")
+                    metrics[name] = (value_sum, _scalar(value_weight, f"the weight of metric {name!r}"))
                 case _:
                     metrics[name] = (_scalar(value, f"metric {name!r}") * weight, weight)
         new_state = state if output.state is None else match_state(state, output.state)
@@ -167,8 +171,8 @@ def loss_output(result: Any) -> LossOutput:
             return LossOutput(total, weight)
         case tuple() | list() | Mapping() | None:
             raise ValueError(
-                f"loss_fn returned {_describe(result)}; it returns a scalar mean, (sum, weight), (loss, metrics dict) or "
-                "LossOutput(loss, weight, metrics, state)"
+                f"loss_fn returned {_describe(result)}; it returns a scalar mean, (sum, weight), (loss, metrics dict) "
+                "or LossOutput(loss, weight, metrics, state)"
             )
         case _:
             return LossOutput(result)

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pipelines.functions import PRED_ARGUMENTS, batch_rows, call_by_name, describe_tree
-from pipelines.train import NAMES, cast_floats, check_rows
+from pipelines.train import NAMES, cast_floats, check_rows, layout_of
 from search import Plan
-from sharding_rules import Layout, TracedFunction, make_layout, path_str, trace
+from sharding_rules import Layout, TracedFunction, path_str, trace
 
 
 def trace_pred(
@@ -41,14 +41,18 @@ def trace_pred(
     try:
         traced = trace(positional, params, abstract_batch, key, abstract_state, names=NAMES)
     except Exception as error:
-        error.add_note(f"while tracing pred_fn with parameters ({describe_tree(params)}), a batch of "
-                       f"({describe_tree(abstract_batch)}) and a state of ({describe_tree(abstract_state)})")  # fmt: skip
+        error.add_note(
+            f"while tracing pred_fn with parameters ({describe_tree(params)}), a batch of "
+            f"({describe_tree(abstract_batch)}) and a state of ({describe_tree(abstract_state)})"
+        )
         raise
     rows = batch_rows(abstract_batch)
     for path, leaf in jax.tree_util.tree_leaves_with_path(traced.out):
         if not leaf.shape or leaf.shape[0] != rows:
-            raise ValueError(f"pred_fn: output {path_str(path) or 'itself'!r} has shape {tuple(leaf.shape)}; its leading "
-                             f"dimension must be the {rows} examples of the batch, one row each")  # fmt: skip
+            raise ValueError(
+                f"pred_fn: output {path_str(path) or 'itself'!r} has shape {tuple(leaf.shape)}; its leading dimension "
+                f"must be the {rows} examples of the batch, one row each"
+            )
     return traced
 
 
@@ -73,7 +77,7 @@ def build_predict_program(
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, abstract_batch, state))
     traced = trace_pred(pred_fn, shapes[0], shapes[1], abstract_state=shapes[2], compute_dtype=plan.compute_dtype)
     check_rows(batch_rows(abstract_batch), microbatches=1, mesh=plan.mesh, what="batch")
-    layout = make_layout(traced, plan.mesh, plan.preset, rules=tuple((p, P(*spec)) for p, spec in plan.rules))
+    layout = layout_of(traced, plan)
     return PredictProgram(layout, plan, mesh, params, state)
 
 

@@ -16,12 +16,14 @@ Microbatch m is rows m, m+M, m+2M, ... of the global batch: every device keeps i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -74,15 +76,10 @@ def abstract_init(loss_fn: Callable[..., Any], init_fn: Callable[..., Any], para
     """Shapes of the parameters and of the mutable state, without making them.
 
     Raises:
-        ValueError: `init_fn` does not return `(params, state)` though `loss_fn` names `state`.
+        ValueError: `init_fn` does not return `(params, state)` though `loss_fn` names `state`, or not only arrays.
     """
     takes_state = "state" in argument_names(loss_fn, LOSS_ARGUMENTS, role="loss_fn")
-    try:
-        params, state = jax.eval_shape(_init_values(init_fn, takes_state, param_dtype), _abstract_key())
-    except TypeError as error:
-        error.add_note("init_fn(rng) returns a tree whose leaves are all arrays. For a model object that also holds functions "
-                       "or settings, keep those aside (equinox.partition, nnx.split) and join them again in loss_fn.")  # fmt: skip
-        raise
+    params, state = jax.eval_shape(_init_values(init_fn, takes_state, param_dtype), _abstract_key())
     return InitialValues(params, state)
 
 
@@ -98,9 +95,17 @@ def trace_loss(
     try:
         return trace(loss, params, abstract_batch, _abstract_key(), values.state, names=NAMES)
     except Exception as error:
-        error.add_note(f"while tracing loss_fn with the parameters that init_fn makes ({describe_tree(params)}), "
-                       f"a batch of ({describe_tree(abstract_batch)}) and a state of ({describe_tree(values.state)})")  # fmt: skip
+        error.add_note(
+            f"while tracing loss_fn with the parameters that init_fn makes ({describe_tree(params)}), "
+            f"a batch of ({describe_tree(abstract_batch)}) and a state of ({describe_tree(values.state)})"
+        )
         raise
+
+
+def layout_of(traced: TracedFunction, plan: Plan) -> Layout:
+    """Lay a traced function out as the plan says."""
+    rules = tuple((pattern, P(*spec)) for pattern, spec in plan.rules)
+    return make_layout(traced, plan.mesh, plan.preset, rules=rules)
 
 
 def check_rows(rows: int, *, microbatches: int, mesh: MeshShape, what: str = "global batch") -> None:
@@ -130,7 +135,9 @@ def cast_floats(tree: Any, dtype: str) -> Any:
     def cast(x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype or jnp.finfo(x.dtype).bits < 16:
             return x
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype))
+        return x.astype(dtype)
 
     return jax.tree.map(cast, tree)
 
@@ -138,8 +145,8 @@ def cast_floats(tree: Any, dtype: str) -> Any:
 def split_trainable(params: Any) -> tuple[Any, Any]:
     """Part a tree into floating leaves and the rest, with None where the other has a leaf."""
     inexact = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.inexact), params)
-    return (jax.tree.map(lambda x, ok: x if ok else None, params, inexact),
-            jax.tree.map(lambda x, ok: None if ok else x, params, inexact))  # fmt: skip
+    trainable = jax.tree.map(lambda x, ok: x if ok else None, params, inexact)
+    return trainable, jax.tree.map(lambda x, ok: None if ok else x, params, inexact)
 
 
 def join_trainable(trainable: Any, fixed: Any) -> Any:
@@ -160,7 +167,7 @@ def build_train_program(
     """Trace the loss, lay it out on the mesh, and make the step; nothing is compiled yet.
 
     Args:
-        loss_fn: takes what it names of `(params, batch, rng, state, training)`; see `functions.loss_output` for its result.
+        loss_fn: takes what it names of `(params, batch, rng, state, training)`; its result: `functions.loss_output`.
         init_fn: `init_fn(rng) -> params`, or `(params, state)` if `loss_fn` names `state`.
         optimizer: any optax transformation. Its schedules count optimizer steps, however many microbatches there are.
         abstract_batch: the global batch as a tree of `ShapeDtypeStruct` (arrays pass too).
@@ -183,7 +190,7 @@ def build_train_program(
         lambda x: jax.ShapeDtypeStruct((x.shape[0] // plan.microbatches, *x.shape[1:]), x.dtype), abstract_batch
     )
     traced = trace_loss(loss_fn, values, microbatch, training=True, compute_dtype=plan.compute_dtype)
-    layout = make_layout(traced, plan.mesh, plan.preset, rules=tuple((pattern, P(*spec)) for pattern, spec in plan.rules))
+    layout = layout_of(traced, plan)
     return TrainProgram(loss_fn, init_fn, optimizer, abstract_batch, plan, mesh, values, layout, learning_rate)
 
 
@@ -198,10 +205,17 @@ class TrainProgram:
     """
 
     def __init__(
-        self, loss_fn: Callable[..., Any], init_fn: Callable[..., Any], optimizer: optax.GradientTransformation,
-        abstract_batch: Any, plan: Plan, mesh: Mesh, values: InitialValues, layout: Layout,
+        self,
+        loss_fn: Callable[..., Any],
+        init_fn: Callable[..., Any],
+        optimizer: optax.GradientTransformation,
+        abstract_batch: Any,
+        plan: Plan,
+        mesh: Mesh,
+        values: InitialValues,
+        layout: Layout,
         learning_rate: Callable[[Any], Any] | None,
-    ):  # fmt: skip
+    ):
         self.plan, self.mesh, self.layout, self.abstract_batch = plan, mesh, layout, abstract_batch
         self._loss_fn, self._init_fn, self._optimizer = loss_fn, init_fn, optimizer
         self._learning_rate = learning_rate
@@ -213,14 +227,16 @@ class TrainProgram:
         opt_state = jax.eval_shape(optimizer.init, trainable)
         state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), values.params, opt_state, values.state, _abstract_key())
         self.state_shardings = TrainState(
-            self._replicated, self._param_shardings, self._shardings(layout.state_specs(opt_state)),
-            self._shardings(layout.specs("state")), self._replicated,
-        )  # fmt: skip
+            self._replicated,
+            self._param_shardings,
+            self._shardings(layout.state_specs(opt_state)),
+            self._shardings(layout.specs("state")),
+            self._replicated,
+        )
         self.abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_shardings
         )
         self._pinned = layout.pin(mesh, remat=plan.remat)
-        self._compiled: Any = None
         self._eval_programs: dict[Any, tuple[Any, Any]] = {}
         takes_state = "state" in argument_names(loss_fn, LOSS_ARGUMENTS, role="loss_fn")
 
@@ -233,7 +249,9 @@ class TrainProgram:
             return fresh(params, model_state, jax.random.fold_in(rng, STEP_STREAM))
 
         self._jit_init = jax.jit(init, out_shardings=self.state_shardings)
-        self._jit_fresh = jax.jit(fresh, out_shardings=self.state_shardings, donate_argnums=(0, 1))
+        # jnp.copy, because jit hands an untouched argument through as it is, and the first step would donate it.
+        copied = lambda *args: fresh(*jax.tree.map(jnp.copy, args))  # noqa: E731
+        self._jit_fresh = jax.jit(copied, out_shardings=self.state_shardings)
         self._jit_nonfinite = jax.jit(self._nonfinite)
 
     def init(self, rng: jax.Array) -> TrainState:
@@ -257,14 +275,17 @@ class TrainProgram:
             ValueError: trees of another model; names the first paths that differ.
         """
         model_state = {} if model_state is None else model_state
-        for what, expected, actual in (("params", self._values.params, params), ("model_state", self._values.state, model_state)):
-            differences = tree_differences(expected, actual, dtypes=False)
-            if differences:
-                raise ValueError(f"{what} do not fit this model: " + "; ".join(differences[:3]))
+        differences = {
+            "params": tree_differences(self._values.params, params, dtypes=False),
+            "model_state": tree_differences(self._values.state, model_state, dtypes=False),
+        }
+        for what, different in differences.items():
+            if different:
+                raise ValueError(f"the {what} given do not fit this model: " + "; ".join(different[:3]))
 
         def place(tree: Any, abstract: Any, shardings: Any) -> Any:
             cast = jax.tree.map(lambda x, a: x if x.dtype == a.dtype else x.astype(a.dtype), tree, abstract)
-            return jax.device_put(cast, shardings, may_alias=False)
+            return jax.device_put(cast, shardings)
 
         params = place(params, self._values.params, self._param_shardings)
         model_state = place(model_state, self._values.state, self.state_shardings.model_state)
@@ -274,34 +295,26 @@ class TrainProgram:
     def compile(self) -> float:
         """Compile the step for its shapes, if that is not done; return the seconds it took."""
         start = time.perf_counter()
-        if self._compiled is None:
-            abstract_batch = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract_batch, self.batch_shardings
-            )
-            metrics = jax.tree.map(lambda _: self._replicated, jax.eval_shape(self._step, self.abstract_state, abstract_batch)[1])
-            step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.state_shardings, metrics))
-            self._compiled = step.lower(self.abstract_state, abstract_batch).compile()
-            self.step = self._compiled  # a call of the executable itself, with no Python in between
+        _ = self._executable
         return time.perf_counter() - start
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step. `state` is donated; the metrics stay on the device.
 
         Returns:
-            The new state, and scalars: `loss`, `grad_norm`, `skipped` (1 if loss or gradient was not finite and the state
-            was therefore left as it was), `learning_rate` if known, and the metrics of `loss_fn`.
+            The new state, and scalars: `loss`, `grad_norm`, `skipped` (1 if loss or gradient was not finite and the
+            state was therefore left as it was), `learning_rate` if known, and the metrics of `loss_fn`.
         """
-        self.compile()
-        return self._compiled(state, batch)
+        return self._executable(state, batch)
 
     @property
     def compiled_bytes_per_device(self) -> int | None:
-        """Bytes that the compiler needs on each device, or None before compiling or where the backend does not say."""
-        analysis = self._compiled.memory_analysis() if self._compiled is not None else None
+        """Bytes that the compiled step needs on each device; None where the backend does not say."""
+        analysis = self._executable.memory_analysis()
         if analysis is None:
             return None
-        return (analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-                + analysis.temp_size_in_bytes)  # fmt: skip
+        sizes = analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes
+        return sum(sizes) - analysis.alias_size_in_bytes
 
     def eval_shardings(self, abstract_batch: Any) -> Any:
         """Where the leaves of a batch for `eval_step` go: over the data shards if its rows split, else replicated."""
@@ -315,10 +328,24 @@ class TrainProgram:
         return self._eval_program(batch)[0](params, model_state, batch, rng)
 
     def nonfinite_paths(self, state: TrainState, batch: Any) -> dict[str, list[str]]:
-        """Run the gradient again and list what is not finite: paths of `gradients`, `params` and `batch`. Slow; compiles."""
+        """Run the gradient again and list the paths of `gradients`, `params` and `batch` that are not finite."""
         flags = jax.device_get(self._jit_nonfinite(state, batch))
-        return {name: [path_str(path) for path, bad in jax.tree_util.tree_leaves_with_path(tree) if bad]
-                for name, tree in flags.items()}  # fmt: skip
+        return {
+            name: [path_str(path) for path, bad in jax.tree_util.tree_leaves_with_path(tree) if bad]
+            for name, tree in flags.items()
+        }
+
+    @functools.cached_property
+    def _executable(self) -> jax.stages.Compiled:
+        # Called directly: as cheap as a call through jit (0.3 ms for a whole step of a tiny model, either way), and the
+        # state's shapes can never make it compile again in silence.
+        step = jax.jit(
+            self._step,
+            donate_argnums=0,
+            in_shardings=(self.state_shardings, self.batch_shardings),
+            out_shardings=(self.state_shardings, self._replicated),
+        )
+        return step.lower(self.abstract_state, self.abstract_batch).compile()
 
     def _shardings(self, specs: Any) -> Any:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
@@ -339,9 +366,7 @@ class TrainProgram:
                 return self._pinned(params, microbatch, jax.random.fold_in(rng, index), model_state)
 
             (total, aux), grads = jax.value_and_grad(total_of, has_aux=True)(trainable)
-            grads = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, plan.accum_dtype)
-                                                    if jnp.iscomplexobj(g) else plan.accum_dtype), grads)  # fmt: skip
-            grads = jax.lax.with_sharding_constraint(grads, at_rest)
+            grads = jax.lax.with_sharding_constraint(cast_floats(grads, plan.accum_dtype), at_rest)
             return grads, {"loss": (total, aux["weight"]), **aux["metrics"]}, aux["state"]
 
         if plan.microbatches == 1:
@@ -363,7 +388,8 @@ class TrainProgram:
         shapes = jax.eval_shape(one, first, jnp.int32(0), state.model_state)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
         sums = jax.lax.with_sharding_constraint(zeros[0], at_rest)
-        carry, _ = jax.lax.scan(body, (sums, zeros[1], state.model_state), (microbatches, jnp.arange(plan.microbatches)))
+        inputs = microbatches, jnp.arange(plan.microbatches)
+        carry, _ = jax.lax.scan(body, (sums, zeros[1], state.model_state), inputs)
         return carry
 
     def _step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -372,7 +398,8 @@ class TrainProgram:
         scale = 1.0 / totals["loss"][1]
         trainable, fixed = split_trainable(state.params)
         grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), sums, trainable)
-        grad_norm = optax.global_norm(cast_floats(grads, "float32"))
+        squares = [jnp.sum(jnp.square(jnp.abs(g)), dtype=jnp.float32) for g in jax.tree.leaves(grads)]
+        grad_norm = jnp.sqrt(sum(squares, jnp.float32(0)))
         finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, trainable)
         params = join_trainable(optax.apply_updates(trainable, updates), fixed)
@@ -385,8 +412,11 @@ class TrainProgram:
     def _nonfinite(self, state: TrainState, batch: Any) -> dict[str, Any]:
         sums, _, _ = self._gradient(state, batch)
 
+        def bad(x: jax.Array) -> Any:
+            return ~jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else False
+
         def flags(tree: Any) -> Any:
-            return jax.tree.map(lambda x: ~jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else False, tree)
+            return jax.tree.map(bad, tree)
 
         return {"gradients": flags(sums), "params": flags(state.params), "batch": flags(batch)}
 
@@ -400,9 +430,10 @@ class TrainProgram:
     def _make_eval(self, batch: Any) -> tuple[Any, Any]:
         plan = self.plan
         abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-        traced = trace_loss(self._loss_fn, self._values, abstract_batch, training=False, compute_dtype=plan.compute_dtype)
+        compute_dtype = plan.compute_dtype
+        traced = trace_loss(self._loss_fn, self._values, abstract_batch, training=False, compute_dtype=compute_dtype)
         if batch_rows(abstract_batch) % plan.mesh.batch_shards == 0:
-            layout = make_layout(traced, plan.mesh, plan.preset, rules=tuple((p, P(*spec)) for p, spec in plan.rules))
+            layout = layout_of(traced, plan)
             loss, shardings = layout.pin(self.mesh), self._shardings(layout.specs("batch"))
         else:  # a tail: too small to be worth splitting, and every example counts
             loss = normalise_loss(self._loss_fn, training=False)
@@ -421,7 +452,9 @@ def split_trainable_like(tree: Any, params: Any) -> Any:
     return jax.tree.map(lambda p, x: x if jnp.issubdtype(p.dtype, jnp.inexact) else None, params, tree)
 
 
-def applied_rates(learning_rate: Callable[[Any], Any] | None, state: TrainState, opt_state: Any) -> dict[str, jax.Array]:
+def applied_rates(
+    learning_rate: Callable[[Any], Any] | None, state: TrainState, opt_state: Any
+) -> dict[str, jax.Array]:
     """The learning rate that the step applies, under `learning_rate` (or `learning_rate/0`, ... if there are several).
 
     A schedule is asked at the number of optimizer steps done so far, which is what optax's own schedules count;
@@ -430,9 +463,13 @@ def applied_rates(learning_rate: Callable[[Any], Any] | None, state: TrainState,
     """
     if learning_rate is not None:
         wrapped = [x for x in jax.tree.leaves(state.opt_state, is_leaf=_is_multi_steps) if _is_multi_steps(x)]
-        return {"learning_rate": jnp.asarray(learning_rate(wrapped[0].gradient_step if wrapped else state.step), jnp.float32)}
-    rates = [jnp.asarray(leaf, jnp.float32) for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
-             if path_str(path).endswith("hyperparams/learning_rate")]  # fmt: skip
+        count = wrapped[0].gradient_step if wrapped else state.step
+        return {"learning_rate": jnp.asarray(learning_rate(count), jnp.float32)}
+    rates = [
+        jnp.asarray(leaf, jnp.float32)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+        if path_str(path).endswith("hyperparams/learning_rate")
+    ]
     return {"learning_rate" if len(rates) == 1 else f"learning_rate/{i}": rate for i, rate in enumerate(rates)}
 
 
@@ -443,11 +480,19 @@ def _is_multi_steps(x: Any) -> bool:
 def _init_values(init_fn: Callable[..., Any], takes_state: bool, param_dtype: str) -> Callable[[Any], tuple[Any, Any]]:
     def values(rng: jax.Array) -> tuple[Any, Any]:
         made = init_fn(rng)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(made):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+                raise ValueError(
+                    f"init_fn returned a {type(leaf).__name__} at {path_str(path) or 'its top'!r}: every leaf must be "
+                    "an array. Of a model object that also holds functions or settings, keep those aside "
+                    "(equinox.partition, nnx.split) and join them again in loss_fn"
+                )
         if not takes_state:
             return cast_floats(made, param_dtype), {}
         if not (isinstance(made, tuple) and len(made) == 2):
-            raise ValueError("loss_fn names `state`, so init_fn(rng) returns (params, state); "
-                             f"it returned a {type(made).__name__}")  # fmt: skip
+            raise ValueError(
+                f"loss_fn names `state`, so init_fn(rng) returns (params, state); it returned a {type(made).__name__}"
+            )
         return cast_floats(made[0], param_dtype), made[1]
 
     return values
