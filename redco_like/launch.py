@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import queue
@@ -21,6 +23,7 @@ from typing import Any, Literal
 import jax
 
 logger = logging.getLogger("redco_like")
+_GO = "all are here"
 _BY_HAND = "distributed=dict(coordinator_address='host:port', num_processes=N, process_id=i)"
 
 
@@ -102,17 +105,17 @@ def start_distributed(launch: Launch, deadline_seconds: float) -> None:
     Raises:
         DeployError: the coordinator or the other processes are not there within the deadline, or cannot be found.
     """
+    who = f"process {launch.process_id}" if launch.process_id is not None else "this process"
+    others = f"all {launch.process_count} processes" if launch.process_count else "the other processes"
+    logger.info("%s waits for %s (%s), at most %g s", who, others, launch.kind, deadline_seconds)
     begin = time.monotonic()
     if launch.coordinator_address is not None:
-        _check_coordinator(launch, deadline_seconds)
+        _roll_call(launch, deadline_seconds)
     if launch.detection == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
         raise DeployError(
             f"started by {launch.kind} as one of {launch.process_count} processes, and the package mpi4py that finds "
             f"the others is not installed: pip install mpi4py, or pass {_BY_HAND}"
         )
-    who = f"process {launch.process_id}" if launch.process_id is not None else "this process"
-    others = f"all {launch.process_count} processes" if launch.process_count else "the other processes"
-    logger.info("%s waits for %s (%s)", who, others, launch.kind)
     try:
         jax.distributed.initialize(
             launch.coordinator_address,
@@ -138,39 +141,110 @@ def start_distributed(launch: Launch, deadline_seconds: float) -> None:
         ) from error
 
 
-def _check_coordinator(launch: Launch, deadline_seconds: float) -> None:
-    """Reach process 0 before JAX does: its own failure to do so ends the process without a word on what was missing."""
+def _roll_call(launch: Launch, deadline_seconds: float) -> None:
+    """Let every process report to process 0 before JAX starts, and go on only when all are there.
+
+    JAX itself aborts the process when one is missing, without saying which.
+    """
     address, count, index = launch.coordinator_address or "", launch.process_count or 0, launch.process_id or 0
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"coordinator_address={address!r}; write it as host:port")
     if not 0 <= index < count:
         raise ValueError(f"process_id={index} is not one of {count} processes")
-    host = host.strip("[]")
+    deadline = time.monotonic() + deadline_seconds
     if index == 0:
-        _check_port_free(int(port), address)
-        return
-    begin, reason = time.monotonic(), "no answer"
-    while (left := deadline_seconds - (time.monotonic() - begin)) > 0:
+        _call_the_roll(address, int(port), count, deadline, deadline_seconds)
+    else:
+        _report((host.strip("[]"), int(port)), index, count, deadline, deadline_seconds)
+
+
+def _call_the_roll(address: str, port: int, count: int, deadline: float, deadline_seconds: float) -> None:
+    try:
+        if socket.has_dualstack_ipv6():
+            server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        else:
+            server = socket.create_server(("", port))
+    except OSError as error:
+        raise DeployError(f"process 0 cannot listen on {address}: {error}; take another port") from error
+    present: dict[int, socket.socket] = {}
+    problem = ""
+    with server:
+        while len(present) < count - 1 and not problem:
+            missing = [i for i in range(1, count) if i not in present]
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, (where, *_) = server.accept()
+                where = where.removeprefix("::ffff:")
+            except TimeoutError:
+                problem = (
+                    f"process 0 of {count} waited {deadline_seconds:g} s at {address}; not there: "
+                    f"{', '.join(f'process {i}' for i in missing[:8])}{' and more' if len(missing) > 8 else ''}"
+                )
+                break
+            hello = _read_line(connection, min(deadline, time.monotonic() + 5.0))
+            try:
+                said = json.loads(hello)
+                other, of, version = int(said["process"]), said["of"], said["jax"]
+            except (ValueError, TypeError, KeyError):
+                connection.close()  # a stranger, such as a port scan
+                continue
+            if of != count:
+                problem = f"process {other} at {where} counts {of} processes, process 0 counts {count}"
+            elif version != jax.__version__:
+                problem = f"process {other} at {where} runs jax {version}, process 0 runs jax {jax.__version__}"
+            elif other not in missing:
+                problem = f"two processes call themselves process {other}; the second one is at {where}"
+            present[other if not problem else -1] = connection
+        for connection in present.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{problem or _GO}\n".encode())
+                # The other side closes first, so that the port is free for JAX at once.
+                _read_line(connection, time.monotonic() + 5.0)
+            connection.close()
+    if problem:
+        raise DeployError(problem)
+
+
+def _report(peer: tuple[str, int], index: int, count: int, deadline: float, deadline_seconds: float) -> None:
+    hello = json.dumps({"process": index, "of": count, "jax": jax.__version__})
+    reason = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
         try:
-            socket.create_connection((host, int(port)), timeout=min(5.0, max(left, 0.1))).close()
-            return
+            with socket.create_connection(peer, timeout=max(min(5.0, left), 0.1)) as connection:
+                connection.sendall(f"{hello}\n".encode())
+                # Process 0 may give up a moment after this one: leave it time to say why.
+                answer = _read_line(connection, deadline + 2.0)
         except OSError as error:
             reason = str(error)
             time.sleep(min(0.2, max(left, 0.0)))
+            continue
+        if answer == _GO:
+            return
+        if answer:
+            raise DeployError(f"process 0 does not start: {answer}")
+        reason = "it closed the connection"
+        time.sleep(0.2)
     raise DeployError(
-        f"process {index} of {count} waited {deadline_seconds:g} s for the coordinator (process 0) at {address}: "
-        f"{reason}. Is process 0 running, is the address the one it listens on, and is the port open between the hosts?"
+        f"process {index} of {count} waited {deadline_seconds:g} s for the coordinator (process 0) at "
+        f"{peer[0]}:{peer[1]}: {reason}. Is process 0 running, is the address the one it listens on, and is the port open "
+        "between the hosts?"
     )
 
 
-def _check_port_free(port: int, address: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise DeployError(f"process 0 cannot listen on {address}: {error}; take another port") from error
+def _read_line(connection: socket.socket, deadline: float) -> str:
+    """Read up to a newline; empty if the other side closes, stalls past the deadline, or says too much."""
+    text = b""
+    try:
+        while not text.endswith(b"\n") and len(text) < 4096:
+            connection.settimeout(max(deadline - time.monotonic(), 0.01))
+            part = connection.recv(1024)
+            if not part:
+                return ""
+            text += part
+    except OSError:
+        return ""
+    return text.decode(errors="replace").strip()
 
 
 def within_deadline(what: str, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
