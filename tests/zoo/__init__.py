@@ -31,6 +31,22 @@ _BUILDERS = {
     "llama_sdpa": ("llama", "sdpa"),
     "llama_fused": ("llama", "fused"),
     "llama_remat": ("llama", "remat"),
+    "llama_linen_scanned": ("frameworks", "linen_scanned"),
+    "llama_linen_unrolled": ("frameworks", "linen_unrolled"),
+    "llama_nnx": ("frameworks", "nnx_llama"),
+    "t5": ("t5", "t5"),
+    "encoder_linen": ("frameworks", "linen_encoder"),
+    "moe_one_hot": ("moe", "one_hot"),
+    "moe_ragged": ("moe", "ragged"),
+    "lstm": ("moe", "lstm"),
+    "vit_conv": ("vision", "vit_conv"),
+    "vit_reshape": ("vision", "vit_reshape"),
+    "mixer": ("vision", "patches_mixer"),
+    "resnet": ("vision", "resnet"),
+    "resnet_group": ("vision", "resnet_group"),
+    "unet": ("vision", "unet"),
+    "equinox_mlp": ("frameworks", "equinox_mlp"),
+    "equinox_transformer": ("frameworks", "equinox_transformer"),
 }
 
 

@@ -9,13 +9,17 @@ import pytest
 import sharding_rules
 import zoo
 
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_model_has_finite_loss_and_gradients(name):
     model = zoo.MODELS[name]
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = jax.jit(model.init, compiler_options=QUICK_COMPILE)(jax.random.key(0))
     batch = model.make_batch(np.random.default_rng(0), 8)
-    loss, grads = jax.jit(jax.value_and_grad(model.loss))(params, batch, jax.random.key(1))
+    loss, grads = jax.jit(jax.value_and_grad(model.loss), compiler_options=QUICK_COMPILE)(
+        params, batch, jax.random.key(1)
+    )
     assert np.isfinite(loss)
     unused = [
         path
