@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from sharding_rules.axes import Axis, AxisTable, Contraction, leaves, size_of
 from sharding_rules.errors import PlanError
 from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, EXPERT, STAGE, TENSOR, MeshShape
-from sharding_rules.roles import NEVER_SPLIT, Row, Rows
+from sharding_rules.roles import NEVER_SPLIT, Row, Rows, weight_axes
 
-CHEAP_TO_REPLICATE = frozenset({"vocab", "output", "feature", "channel", "fused"})
+CHEAP_TO_REPLICATE = frozenset({"vocab", "classes", "output", "feature", "channel", "fused"})
 """Roles whose indivisible rows a preset leaves whole, saying so; for the others it refuses."""
 
 
@@ -264,7 +264,6 @@ class _Conflicts:
 
     def __init__(self, table: AxisTable, rows: Rows, params: str):
         self.rows = rows
-        weights: Counter[Row] = Counter()
         pairs: set[frozenset[Row]] = set()
         size: Counter[Row] = Counter()
         for dims in table.inputs(params):
@@ -278,14 +277,16 @@ class _Conflicts:
                 for there in per_dim[i + 1 :]:
                     pairs |= {frozenset((a, b)) for a in here for b in there}
         has_keys = any(row.role == "kv_heads" for row in rows.rows)
-        skip = NEVER_SPLIT | {"batch", "length", "spatial", "segment", "fused"} | ({"groups"} if has_keys else set())
-        for c in table.contractions:
-            for row in self._rows(c):
-                weights[row] += c.flops
+        skip = (
+            NEVER_SPLIT
+            | {"batch", "length", "spatial", "segment", "fused", "expert"}
+            | ({"groups"} if has_keys else set())
+        )
+        weighty = {row for axis in weight_axes(table) if (row := rows.of(axis))}
         self.candidates = [
             row
             for row in size
-            if row.role not in skip and frozenset((row,)) not in pairs and (weights[row] or row.role == "vocab")
+            if row.role not in skip and frozenset((row,)) not in pairs and (row in weighty or row.role == "vocab")
         ]
         index = {row: 1 << i for i, row in enumerate(self.candidates)}
         self.index = index
@@ -312,8 +313,14 @@ class _Conflicts:
         self.size = {index[row]: size[row] for row in self.candidates}
 
     def _rows(self, c: Contraction) -> set[Row]:
+        """Rows that split a product: any of its axes if it has a weight, else those it is batched over (heads)."""
+        arrays = (c.lhs, c.rhs) if c.weight is not None else (c.batch,)
         return {
-            r for dims in (c.lhs, c.rhs) for dim in dims for axis in _with_segments(dim) if (r := self.rows.of(axis))
+            r
+            for dims in arrays
+            for dim in dims
+            for axis in _with_segments(dim)
+            if (r := self.rows.of(axis)) is not None
         }
 
     def _mask(self, rows: set[Row]) -> int:

@@ -19,6 +19,7 @@ between two points where a single activation is alive, is wrapped in `jax.checkp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -396,5 +397,15 @@ def evaluate(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation as it stands, custom gradients and source lines included."""
     invars = list(dict.fromkeys(a for a in eqn.invars if isinstance(a, Var)))
     first = {a: v for a, v in zip(eqn.invars, values, strict=True) if isinstance(a, Var)}
-    jaxpr = Jaxpr((), invars, list(eqn.outvars), [eqn], eqn.effects)
+    jaxpr = Jaxpr((), invars, list(eqn.outvars), [eqn], eqn.effects, _debug_info(len(invars)))
     return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*(first[a] for a in invars))
+
+
+@functools.cache
+def _debug_info(arguments: int) -> Any:
+    """What a jaxpr says of itself in errors: one equation, evaluated as it stands."""
+
+    def one_equation(*operands: Any) -> Any:
+        return operands
+
+    return jax.api_util.debug_info("evaluate", one_equation, (0,) * arguments, {})

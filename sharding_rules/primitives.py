@@ -7,8 +7,8 @@ A rule takes the `Inference` and the `Equation` and returns the dimensions of th
         (x,) = eq.ins
         return [tuple(x[i] for i in eq.params["permutation"])]
 
-To teach the toolkit a new primitive, write such a function, in user code too: `@rule("my_kernel")`. A primitive with no rule
-gets fresh axes and is listed by `explain`; nothing fails.
+To teach the toolkit a new primitive, write such a function, in user code too: `@rule("my_kernel")`. A primitive with no
+rule gets fresh axes and is listed by `explain`; nothing fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from sharding_rules.axes import Contraction, Dim, Dims, Equation, Inference, leaves, size_of
+from sharding_rules.axes import BATCH, PARAM, Contraction, Dim, Dims, Equation, Inference, leaves, size_of
 
 RULES: dict[str, Callable[[Inference, Equation], Any]] = {}
 
@@ -329,7 +329,8 @@ def gather(inf: Inference, eq: Equation) -> list[Dims]:
     (source, _), (shape,) = eq.in_shapes, eq.out_shapes
     for i in numbers.start_index_map:
         if sizes[i] != source[i]:
-            inf.mark("table" if eq.origins[1] & 2 else "position", x[i])
+            kind = "position" if not eq.origins[1] & BATCH else "table" if eq.origins[0] == PARAM else "label"
+            inf.mark(kind, x[i])
     for a, b in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         if x[a] and indices[b]:
             inf.unify(x[a], indices[b])

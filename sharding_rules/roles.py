@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sharding_rules.axes import BATCH, PARAM, Axis, AxisTable, Dim, leaves
 
@@ -95,17 +95,21 @@ def find_roles(table: AxisTable, *, params: str = "params", batch: str = "batch"
         if dims and dims[0]:
             name(dims[0][:1], "batch")
     name((a for a in marks["layers"] if a in in_params), "layers")
-    _name_attention(table, in_params, name, roles)
+    weighty = weight_axes(table)
+    _name_attention(table, weighty, name, roles)
     name((a for a in marks["group"] if a in in_params), "expert")
-    # What token ids index, or what a softmax over an output of the model normalises.
-    name((a for a in marks["table"] if a in in_params and a not in _contracted(table)), "vocab")
-    name((a for a in marks["table"] if a in in_params and _is_table(a, param_dims)), "vocab")
+    # What token ids index; what labels index in the model's output is the same thing where there are tokens.
+    tables = [a for a in marks["table"] if a in in_params and _is_table(a, param_dims)]
+    name(tables, "vocab")
+    name((a for a in marks["label"] if a in in_params), "vocab" if tables else "classes")
     name((a for a in marks["position"] if a in in_params), "position")
-    name((a for a in marks["channel"] if a in in_params), "channel")
     name((a for a in marks["spatial"] if a not in in_params), "spatial")
-    name((a for a in marks["window"] if a in in_params and _only_windows(a, table)), "window")
-    name((a for a in in_batch if a in in_params), "feature")
-    _name_hidden(table, param_dims, in_params, name, roles)
+    contracted = _contracted(table)
+    name((a for a in marks["window"] if a in in_params and a not in contracted), "window")
+    name((a for a in marks["indexed"] if a in in_params and a not in contracted), "segments")
+    name((a for a in in_batch if a in in_params and a in weighty), "feature")
+    name((a for a in in_batch if a in in_params), "length")
+    _name_hidden(table, param_dims, in_params, marks["channel"], name, roles)
     name((a for a in marks["layers"]), "layers")
     name((a for a in in_batch if a in marks["time"]), "length")
     name(in_batch, "length")
@@ -114,42 +118,60 @@ def find_roles(table: AxisTable, *, params: str = "params", batch: str = "batch"
     return roles
 
 
-def _name_attention(table: AxisTable, in_params: dict[Axis, None], name, roles: dict[Axis, str]) -> None:
-    """Products of two activations batched over an axis of the weights: heads; what they contract: head_dim."""
-    both = PARAM | BATCH
-    scores, values = [], []
+def weight_axes(table: AxisTable) -> Counter[Axis]:
+    """Axes of weights in products with activations, and in how many products."""
+    count: Counter[Axis] = Counter()
     for c in table.contractions:
-        if c.kind != "dot":
-            continue
         if c.weight is not None:
+            count.update({a for dim in c.weight for a in _spread(dim)})
+    return count
+
+
+def _name_attention(
+    table: AxisTable, weighty: Counter[Axis], name: Callable[..., None], roles: dict[Axis, str]
+) -> None:
+    """Products of two activations batched over an axis of the weights: heads; what they contract: head_dim."""
+    for c in table.contractions:
+        if c.kind == "dot" and c.weight is not None:
             weight = {a for dim in c.weight for a in leaves(dim)}
             name((a for dim in c.batch for a in leaves(dim) if a in weight and a not in roles), "expert")
-        elif c.lhs_origin & PARAM and c.rhs_origin & PARAM and (c.lhs_origin | c.rhs_origin) == both:
-            if any(a in in_params and roles.get(a) != "batch" for dim in c.contracted for a in leaves(dim)):
-                scores.append(c)
-            else:
-                values.append(c)
+    scores, values = [], []
+    for c in table.contractions:
+        if c.kind == "dot" and c.lhs_origin & c.rhs_origin & PARAM and (c.lhs_origin | c.rhs_origin) & BATCH:
+            shared = (a for dim in c.contracted for a in leaves(dim))
+            inner = any(a in weighty and roles.get(a) not in {"batch", "expert"} for a in shared)
+            (scores if inner else values).append(c)
     keys: dict[Axis, None] = {}
     groups: dict[Axis, None] = {}
     for c in scores:
-        shared = {a: None for dim in c.batch for a in leaves(dim) if a in in_params and a not in roles}
+        shared = {a: None for dim in c.batch for a in leaves(dim) if a in weighty and a not in roles}
         if not shared and not any(roles.get(a) == "batch" for dim in c.batch for a in leaves(dim)):
             continue
-        keys |= shared
-        free = {a: None for dim in c.out[len(c.batch) :] for a in leaves(dim) if a in in_params and a not in roles}
+        # Keys repeated for their groups: both axes are batched over, but the keys' own weights have only one of them.
+        most = max((weighty[a] for a in shared), default=0)
+        keys |= {a: None for a in shared if weighty[a] == most}
+        groups |= {a: None for a in shared if weighty[a] < most}
+        free = {a: None for dim in c.out[len(c.batch) :] for a in leaves(dim) if a in weighty and a not in roles}
         groups |= free
-        name((a for dim in c.contracted for a in _spread(dim) if a in in_params), "head_dim")
-    if not scores or not (keys or groups):
-        return
+        name((a for dim in c.contracted for a in _spread(dim) if a in weighty), "head_dim")
     groups = {a: None for a in groups if a not in keys and a not in roles}
+    if not keys and not groups:
+        return
     name(keys, "kv_heads" if groups else "heads")
     name(groups, "groups" if keys else "heads")
     for c in values:
         if any(a in keys or a in groups for dim in (*c.batch, *c.out) for a in leaves(dim)):
-            name((a for dim in c.out for a in _spread(dim) if a in in_params and a not in roles), "head_dim")
+            name((a for dim in c.out for a in _spread(dim) if a in weighty and a not in roles), "head_dim")
 
 
-def _name_hidden(table: AxisTable, param_dims, in_params, name, roles: dict[Axis, str]) -> None:
+def _name_hidden(
+    table: AxisTable,
+    param_dims: list[tuple[Dim, ...]],
+    in_params: dict[Axis, None],
+    channels: Iterable[Axis],
+    name: Callable[..., None],
+    roles: dict[Axis, str],
+) -> None:
     """The rest of the weights' axes: `embed` runs between blocks, `mlp` is made and consumed inside one."""
     made, used = {}, {}
     pairs: set[tuple[Axis, Axis]] = set()
@@ -161,6 +183,8 @@ def _name_hidden(table: AxisTable, param_dims, in_params, name, roles: dict[Axis
         used |= dict.fromkeys(ins)
         made |= dict.fromkeys(outs)
         pairs |= {(a, b) for a in ins for b in outs}
+    # An axis that no product with a weight has: positions that are added to every example.
+    name((a for a in in_params if a not in made and a not in used and a in _in_activations(table)), "length")
     anchors = {a for a, role in roles.items() if role in {"vocab", "heads", "kv_heads", "groups"}}
     count: Counter[Axis] = Counter()
     touching: set[Axis] = set()
@@ -171,6 +195,9 @@ def _name_hidden(table: AxisTable, param_dims, in_params, name, roles: dict[Axis
             touching |= {a for a in axes if roles.get(a) is None}
     hidden = [a for a in in_params if a not in roles]
     embed = [a for a in hidden if a in touching and a.segments is None]
+    name(embed, "embed")
+    name((a for a in channels if a in in_params), "channel")
+    hidden = [a for a in hidden if a not in roles]
     if not embed:
         # No attention and no vocabulary: of two axes that feed each other, the one in more parameters runs between
         # blocks.
@@ -236,10 +263,6 @@ def _is_table(axis: Axis, param_dims: list[tuple[Dim, ...]]) -> bool:
     return any(len(dims) == 2 and (axis,) in dims for dims in param_dims)
 
 
-def _only_windows(axis: Axis, table: AxisTable) -> bool:
-    return axis not in _contracted(table)
-
-
 def _activation_axes(table: AxisTable) -> Iterable[Axis]:
     """Axes of values computed from the batch, in the order of the program."""
     for scope in table.scope.walk():
@@ -247,3 +270,15 @@ def _activation_axes(table: AxisTable) -> Iterable[Axis]:
             if scope.origin.get(var, 0) & BATCH:
                 for dim in dims:
                     yield from leaves(dim)
+
+
+def _in_activations(table: AxisTable) -> set[Axis]:
+    """Axes of operands and results of products of two activations."""
+    return {
+        a
+        for c in table.contractions
+        if c.weight is None
+        for dims in (c.lhs, c.rhs)
+        for dim in dims
+        for a in leaves(dim)
+    }
