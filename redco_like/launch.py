@@ -227,8 +227,8 @@ def _report(peer: tuple[str, int], index: int, count: int, deadline: float, dead
         time.sleep(0.2)
     raise DeployError(
         f"process {index} of {count} waited {deadline_seconds:g} s for the coordinator (process 0) at "
-        f"{peer[0]}:{peer[1]}: {reason}. Is process 0 running, is the address the one it listens on, and is the port open "
-        "between the hosts?"
+        f"{peer[0]}:{peer[1]}: {reason}. Is process 0 running, is the address the one it listens on, and is the port "
+        "open between the hosts?"
     )
 
 
