@@ -102,6 +102,19 @@ def trace_loss(
         raise
 
 
+def train_problem(
+    loss_fn: Callable[..., Any],
+    init_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    abstract_batch: Any,
+    compute_dtype: str,
+) -> tuple[TracedFunction, Any]:
+    """What the planner looks at: the loss traced on the whole global batch, and the optimizer state's shapes."""
+    values = abstract_init(loss_fn, init_fn, "float32")
+    traced = trace_loss(loss_fn, values, abstract_batch, training=True, compute_dtype=compute_dtype)
+    return traced, jax.eval_shape(optimizer.init, split_trainable(values.params)[0])
+
+
 def layout_of(traced: TracedFunction, plan: Plan) -> Layout:
     """Lay a traced function out as the plan says."""
     rules = tuple((pattern, P(*spec)) for pattern, spec in plan.rules)
@@ -249,8 +262,12 @@ class TrainProgram:
             return fresh(params, model_state, jax.random.fold_in(rng, STEP_STREAM))
 
         self._jit_init = jax.jit(init, out_shardings=self.state_shardings)
+
         # jnp.copy, because jit hands an untouched argument through as it is, and the first step would donate it.
-        copied = lambda *args: fresh(*jax.tree.map(jnp.copy, args))  # noqa: E731
+        def copied(params: Any, model_state: Any, rng: jax.Array) -> TrainState:
+            params, model_state = jax.tree.map(jnp.copy, (params, model_state))
+            return fresh(params, model_state, jax.random.fold_in(rng, STEP_STREAM))
+
         self._jit_fresh = jax.jit(copied, out_shardings=self.state_shardings)
         self._jit_nonfinite = jax.jit(self._nonfinite)
 
@@ -269,7 +286,7 @@ class TrainProgram:
         Args:
             params: tree of arrays, on the host or on any devices.
             model_state: mutable state; required if the model has one.
-            rng: key; default `jax.random.key(0)`.
+            rng: key of the steps, as for `init`; default `jax.random.key(0)`.
 
         Raises:
             ValueError: trees of another model; names the first paths that differ.
