@@ -187,9 +187,9 @@ RAGGED = [{"ids": [1] * (3 + (i == 6))} for i in range(8)]
             {},
             r"dtype object .* example 2 'ids' of shape \(4,\); pad or cut .*leaf 'ids'",
         ),
-        (examples_of(8), lambda e: {"a": {"i": [x["i"] for x in e]}}, {}, r"a int and not an array.*np.asarray.*'a/i/0'"),
+        (examples_of(8), lambda e: {"a": {"i": [x["i"] for x in e]}}, {}, r"a int and not an array.*asarray.*'a/i/0'"),
         (examples_of(8), lambda e: {"t": np.asarray(["a"] * len(e))}, {}, r"dtype <U1 .*numbers only.*'t'"),
-        (examples_of(8), lambda e: {"x": np.zeros((4, 2)), "y": np.zeros(3)}, {}, r"shape \(3,\) for 4 .*'y'"),
+        (examples_of(8), lambda e: {"x": np.zeros((4, 2)), "y": np.zeros(3)}, {}, r"shape \(3,\) .*'y'"),
         (examples_of(8), lambda e: {"x": np.float32(0)}, {}, r"not an array.*'x'"),
         (examples_of(8), lambda e: {}, {}, r"returned no array"),
         (
