@@ -3,11 +3,11 @@
 Bar: at most 0.3 ms per step over the raw loop for a step of about 0.5 ms (a one-layer decoder of width 32, length 8,
 batch 8, one device, 300 steps), and at least 0.97 of the raw loop's steps per second for a step of 20 ms.
 
-Raw loop, `Trainer.fit` and, where it is installed, Redco run the same model on the same batches, in turn, in one process;
-the medians over the rounds are compared. The raw loop is what a user writes: a jitted step with donated state, fed with
-arrays collated beforehand, nothing fetched until the end. `Trainer.fit` shuffles, collates, feeds, checks every step for
-non-finite numbers, logs a line every 10 steps and keeps a progress line; the opening and closing of its files, threads
-and loader is in its time.
+Raw loop, `Trainer.fit` and, where it is installed, Redco run the same model on the same batches, in turn, in one
+process; the medians over the rounds are compared. The raw loop is what a user writes: a jitted step with donated state,
+fed with arrays collated beforehand, nothing fetched until the end. `Trainer.fit` shuffles, collates, feeds, checks each
+step for non-finite numbers, logs a line every 10 steps and keeps a progress line; the opening and closing of its files,
+threads and loader is in its time.
 
     python benchmarks/trainer_overhead.py            # last line: one JSON object; exit status 1 if the bar is missed
     pip install --no-deps redco==0.4.23 tqdm         # optional, in an environment of its own: adds Redco's figures
@@ -189,7 +189,7 @@ def main() -> int:
         for name, values in result.items():
             print(f"  {name:8s} {values['median']:8.3f} ms per step  ({values['min']:.3f} to {values['max']:.3f})")
     print(
-        f"extra per small step: {extra:.3f} ms (bar {MAX_EXTRA_MS}); speed at the large step: {speed:.3f} (bar {MIN_SPEED})"
+        f"extra: {extra:.3f} ms per small step (bar {MAX_EXTRA_MS}); speed: {speed:.3f} at the large (bar {MIN_SPEED})"
     )
     record = {
         "benchmark": "trainer_overhead",

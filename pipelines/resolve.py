@@ -80,7 +80,7 @@ def mesh_for_preset(preset: str, n_devices: int) -> MeshShape:
     return MeshShape(**{rest: n_devices // tensor, TENSOR: tensor})
 
 
-def memory_bytes_per_device(devices: Sequence[jax.Device]) -> float:
+def memory_bytes_per_device(devices: Sequence[Any]) -> float:
     """Memory of the smallest device as its runtime states it; for CPU devices an equal share of the machine's."""
     stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
     limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]

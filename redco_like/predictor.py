@@ -118,7 +118,8 @@ class Predictor:
         outputs.extend(made)
 
     def _live(self, tree: Any, what: str) -> Any:
-        tree = tree() if callable(tree) else tree
+        # An Equinox model can be called too, and is a tree.
+        tree = tree() if callable(tree) and jax.tree_util.all_leaves([tree]) else tree
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree)):
             raise ValueError(
                 f"the {what} given to this Predictor were consumed by a training step since; give a function instead, "

@@ -500,7 +500,7 @@ class Trainer:
         with announced(f"{self.name}: looking for what is not finite", self._deployer.logger):
             found = self.program.nonfinite_paths(self.state, batch)
         parts = [
-            f"{what} of {', '.join(paths[:4])}{f' and {len(paths) - 4} more' if len(paths) > 4 else ''}"
+            f"{what} {', '.join(paths[:4])}{f' and {len(paths) - 4} more' if len(paths) > 4 else ''}"
             for what, paths in found.items()
             if paths
         ]

@@ -24,8 +24,8 @@ STOP_FILE = "STOP"
 _STEPS_IN_FLIGHT = 2
 """Steps that may at least be in flight before one is read: the device has the next one queued while the host reads."""
 _SECONDS_IN_FLIGHT = 0.02
-"""More steps than that may be in flight if together they take no longer. Each wait costs the host a change of threads,
-about as long as a step of a tiny model takes (`benchmarks/trainer_overhead.py`: 0.1 ms per step for waiting each time)."""
+"""More steps than that may be in flight if together they take no longer: each wait costs the host a change of threads,
+about as long as a step of a tiny model takes (`benchmarks/trainer_overhead.py`: 0.1 ms per step if it always waits)."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -102,7 +102,7 @@ class StepWatch:
             self.stop = True
         elif self._in_a_row >= self._most_skips:
             self._pending.clear()
-            raise NonFiniteError(f"{what}: the {self._in_a_row}th non-finite step in a row; {self._explain(batch)}")
+            raise NonFiniteError(f"{what}, and so were {self._in_a_row - 1} steps before it; {self._explain(batch)}")
 
 
 def check_policy(policy: OnNonfinite) -> OnNonfinite:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import (
+from small_models import (
     batch_norm_loss,
     collate,
     cross_entropy,
