@@ -73,6 +73,7 @@ class Deployer:
         logger.setLevel(log_level)
         if not logger.hasHandlers():  # else the user has said where logs go
             self._add_handler(logging.StreamHandler(sys.stderr))
+            logger.propagate = False  # libraries that set up the root logger later would print each line again
         try:
             launch = resolve_launch(distributed)
             if launch is not None and not jax.distributed.is_initialized():
@@ -147,6 +148,8 @@ class Deployer:
         for handler in self._handlers:
             logger.removeHandler(handler)
             handler.close()
+        if self._handlers:
+            logger.propagate = True
         self._handlers = []
         if self._started_distributed:
             self._started_distributed = False

@@ -397,15 +397,15 @@ def evaluate(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation as it stands, custom gradients and source lines included."""
     invars = list(dict.fromkeys(a for a in eqn.invars if isinstance(a, Var)))
     first = {a: v for a, v in zip(eqn.invars, values, strict=True) if isinstance(a, Var)}
-    jaxpr = Jaxpr((), invars, list(eqn.outvars), [eqn], eqn.effects, _debug_info(len(invars)))
+    jaxpr = Jaxpr((), invars, list(eqn.outvars), [eqn], eqn.effects, _debug_info(len(invars), len(eqn.outvars)))
     return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*(first[a] for a in invars))
 
 
 @functools.cache
-def _debug_info(arguments: int) -> Any:
-    """What a jaxpr says of itself in errors: one equation, evaluated as it stands."""
+def _debug_info(inputs: int, outputs: int) -> Any:
+    """What a jaxpr says of itself in errors, which a jaxpr must have: that of a traced function of as many values."""
 
     def one_equation(*operands: Any) -> Any:
-        return operands
+        return (0,) * outputs
 
-    return jax.api_util.debug_info("evaluate", one_equation, (0,) * arguments, {})
+    return jax.make_jaxpr(one_equation)(*(0,) * inputs).jaxpr.debug_info

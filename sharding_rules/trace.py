@@ -17,7 +17,12 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 
 def path_str(keypath: tuple[Any, ...]) -> str:
-    """Write a key path as `"layers/0/attn/kernel"`."""
+    """Write a key path as `"layers/0/attn/kernel"`.
+
+    The attribute `value` in which flax's nnx keeps an array is left out: it is in every path and says nothing.
+    """
+    if len(keypath) > 1 and keypath[-1] == GetAttrKey("value"):
+        keypath = keypath[:-1]
 
     def name(key: Any) -> str:
         match key:

@@ -152,8 +152,3 @@ def per_layer(tree: Mapping[str, Dims], prefix: str, layers: int) -> dict[str, D
 def stacked(tree: Mapping[str, Dims], prefix: str, first: Any) -> dict[str, Dims]:
     """A layer's entries with a leading dimension of layers."""
     return {f"{prefix}/{path}": (first, *dims) for path, dims in tree.items()}
-
-
-def nnx_paths(tree: Mapping[str, Dims]) -> dict[str, Dims]:
-    """Entries for an `nnx.State`, whose variables are nodes with one leaf called value."""
-    return {f"{path}/value": dims for path, dims in tree.items()}

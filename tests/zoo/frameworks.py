@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from zoo.base import ZooModel, cross_entropy, nnx_paths, per_layer, stacked, tokens
+from zoo.base import ZooModel, cross_entropy, per_layer, stacked, tokens
 from zoo.llama import TINY, attention, rotary, rotate
 
 S = TINY
@@ -179,8 +179,8 @@ def nnx_llama(name: str) -> ZooModel:
         init,
         loss,
         tokens(S.vocab, S.length, "s", "t"),
-        expected_roles=nnx_paths({**per_layer(_LAYER_ROLES, "mop", S.layers), **_LINEN_TOP_ROLES}),
-        megatron=nnx_paths({**per_layer(_LAYER_SPECS, "mop", S.layers), **_LINEN_TOP_SPECS}),
+        expected_roles={**per_layer(_LAYER_ROLES, "mop", S.layers), **_LINEN_TOP_ROLES},
+        megatron={**per_layer(_LAYER_SPECS, "mop", S.layers), **_LINEN_TOP_SPECS},
         notes="nnx, a list of modules",
     )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from zoo.base import ZooModel, b, cross_entropy, draw, g, nnx_paths, table, w
+from zoo.base import ZooModel, b, cross_entropy, draw, g, table, w
 
 SIDE, COLOURS, CLASSES = 16, 3, 24
 
@@ -113,22 +113,18 @@ def _vit(name: str, by_convolution: bool) -> ZooModel:
         init,
         loss,
         _images,
-        expected_roles=nnx_paths(
-            {
-                "cup": (None, None, "embed"),
-                "bag": (None, None, "embed"),
-                "sip/kernel": (None, None, None, "embed") if by_convolution else (None, "embed"),
-                "arm/kernel": ("embed", None),
-                **{f"lot/{i}/{k}": v for i in range(2) for k, v in block_roles.items()},
-            }
-        ),
-        megatron=nnx_paths(
-            {
-                "cup": (None, None, None),
-                "bag": (None, None, None),
-                **{f"lot/{i}/{k}": v for i in range(2) for k, v in block_specs.items()},
-            }
-        ),
+        expected_roles={
+            "cup": (None, None, "embed"),
+            "bag": (None, None, "embed"),
+            "sip/kernel": (None, None, None, "embed") if by_convolution else (None, "embed"),
+            "arm/kernel": ("embed", None),
+            **{f"lot/{i}/{k}": v for i in range(2) for k, v in block_roles.items()},
+        },
+        megatron={
+            "cup": (None, None, None),
+            "bag": (None, None, None),
+            **{f"lot/{i}/{k}": v for i in range(2) for k, v in block_specs.items()},
+        },
         notes="nnx; a class token is concatenated to 16 patches: length 17 divides by nothing",
     )
 
