@@ -1,7 +1,8 @@
 """From a plan and a prediction function to a compiled program.
 
     program = build_predict_program(pred_fn, params, abstract_batch, plan, mesh)
-    outputs = program.predict(program.place(params), batch, rng)      # on the device, rows in order
+    params, state = program.place(params)
+    outputs = program.predict(params, batch, rng, state)      # on the device, rows in order
 
 Parameters that already live on the mesh (a trainer's) are used where they are: nothing is copied.
 """
@@ -110,9 +111,9 @@ class PredictProgram:
         arguments = (self.param_shardings, self.batch_shardings, NamedSharding(mesh, P()), self.state_shardings)
         self._predict = jax.jit(predict, in_shardings=arguments, out_shardings=outputs)
 
-    def place(self, params: Any) -> Any:
-        """Put parameters where the program wants them; those already there are not copied."""
-        return jax.device_put(params, self.param_shardings)
+    def place(self, params: Any, state: Any = None) -> tuple[Any, Any]:
+        """Put parameters and state where the program wants them; those already there are not copied."""
+        return jax.device_put((params, {} if state is None else state), (self.param_shardings, self.state_shardings))
 
     def predict(self, params: Any, batch: Any, rng: jax.Array, state: Any = None) -> Any:
         """Run on one batch; the outputs stay on the device."""

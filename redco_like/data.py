@@ -300,6 +300,11 @@ def sharded(batch: Any, shardings: Any) -> Any:
     return structure.unflatten([_place(leaf, target) for leaf, target in zip(leaves, targets, strict=True)])
 
 
+def from_whole(batch: Any, shardings: Any) -> Any:
+    """Place a batch on the mesh of which every process holds all rows, such as the last one of `sequential`."""
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), batch, shardings)
+
+
 def process_rows(sharding: NamedSharding) -> tuple[int, int]:
     """Which slice of the global batch this process feeds: `(process_index, process_count)` for `DataLoader`.
 

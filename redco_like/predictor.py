@@ -18,7 +18,7 @@ from pipelines import PredictProgram, build_predict_program, resolve_plan
 from pipelines.functions import PRED_ARGUMENTS, argument_names
 from pipelines.infer import lives_on, trace_pred
 from pipelines.resolve import memory_bytes_per_device
-from redco_like.data import Piece, collate, process_rows, sequential, sharded
+from redco_like.data import Piece, collate, from_whole, process_rows, sequential, sharded
 from redco_like.deployer import Deployer
 from search import Plan
 from sharding_rules import AXES, MeshShape, make_mesh
@@ -63,6 +63,7 @@ class Predictor:
         self._mesh_wanted = MeshShape.parse(mesh) if isinstance(mesh, str) else mesh
         self._output_fn = rows_of if output_fn is None else output_fn
         self._rng = deployer.rng(name)
+        self._plans: dict[Any, tuple[Plan, Mesh]] = {}
         self._programs: dict[Any, PredictProgram] = {}
 
     def predict(self, examples: Sequence[Any], *, per_device_batch: int = 8) -> list[Any]:
@@ -84,25 +85,29 @@ class Predictor:
         if len(examples) == 0:
             raise ValueError("examples is empty: there is nothing to predict")
         params, state = self._live(self.params, "params"), self._live(self.state, "state")
-        program, rows = self._program(examples, per_device_batch, params, state)
-        params = program.place(params)
-        state = jax.device_put({} if state is None else state, program.state_shardings)
-        slices = (0, 1)
-        if self._deployer.process_count > 1:
-            slices = process_rows(jax.tree.leaves(program.batch_shardings)[0])
+        state = {} if state is None else state
+        first = collate(examples, np.arange(1), self._collate_fn)
+        plan, mesh = self._planned(first, per_device_batch, params, state)
+        rows = per_device_batch * plan.mesh.batch_shards
+        program = self._program(_sized(first, rows), plan, mesh, params, state)
+        params, state = program.place(params, state)
+        slices = (
+            process_rows(jax.tree.leaves(program.batch_shardings)[0]) if self._deployer.process_count > 1 else (0, 1)
+        )
 
-        def place(piece: Piece) -> Any:
+        def place(piece: Piece) -> tuple[int, PredictProgram, Any]:
+            batch = piece.batch
+            program = self._program(_sized(batch, rows), plan, mesh, params, state)
             if not piece.whole:
-                return piece.count, sharded(piece.batch, program.batch_shardings)
-            filled = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], rows - len(x), 0)]), piece.batch)
-            return piece.count, jax.tree.map(
-                lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), filled, program.batch_shardings
-            )
+                return piece.count, program, sharded(batch, program.batch_shardings)
+            filled = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], rows - len(x), 0)]), batch)
+            return piece.count, program, from_whole(filled, program.batch_shardings)
 
         outputs: list[Any] = []
         in_flight: list[tuple[int, Any]] = []
-        for index, (count, batch) in enumerate(sequential(examples, self._collate_fn, rows, *slices, place=place)):
-            in_flight.append((count, program.predict(params, batch, jax.random.fold_in(self._rng, index), state)))
+        pieces = sequential(examples, self._collate_fn, rows, *slices, place=place)
+        for index, (count, here, batch) in enumerate(pieces):
+            in_flight.append((count, here.predict(params, batch, jax.random.fold_in(self._rng, index), state)))
             if len(in_flight) > 1:
                 self._collect(*in_flight.pop(0), outputs)
         for count, output in in_flight:
@@ -127,44 +132,49 @@ class Predictor:
             )
         return tree
 
-    def _program(self, examples: Sequence[Any], per_device_batch: int, params: Any, state: Any) -> Any:
-        batch = collate(examples, np.arange(1), self._collate_fn)
-        leaves, structure = jax.tree.flatten((params, state, batch))
-        forms = tuple((np.shape(x), x.dtype, getattr(x, "sharding", None)) for x in leaves)
-        key = structure, forms, per_device_batch
-        if key not in self._programs:
-            self._programs[key] = self._build(batch, per_device_batch, params, state)
-        program = self._programs[key]
-        return program, per_device_batch * program.plan.mesh.batch_shards
-
-    def _build(self, batch: Any, per_device_batch: int, params: Any, state: Any) -> PredictProgram:
+    def _planned(self, first: Any, per_device_batch: int, params: Any, state: Any) -> tuple[Plan, Mesh]:
+        """The plan and its mesh: the parameters' own if they live on one, else what the plan says."""
         home = _home(params)
-        shape = self._mesh_wanted
-        if shape is None and home is not None and isinstance(self._plan, str) and not self._plan.endswith(".json"):
-            shape = MeshShape(**home.shape)
-        devices = self._deployer.devices
+        key = _form((params, state)), home, per_device_batch
+        if key not in self._plans:
+            shape = self._mesh_wanted
+            if shape is None and home is not None and isinstance(self._plan, str) and not self._plan.endswith(".json"):
+                shape = MeshShape(**home.shape)
+            devices = self._deployer.devices
 
-        def sized(rows: int) -> Any:
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+            def problem() -> Any:
+                rows = per_device_batch * (len(devices) if shape is None else shape.batch_shards)
+                forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state))
+                dtype, batch = self._compute_dtype, _sized(first, rows)
+                return trace_pred(self._pred_fn, forms[0], batch, abstract_state=forms[1], compute_dtype=dtype), {}
 
-        def problem() -> Any:
-            rows = per_device_batch * (len(devices) if shape is None else shape.batch_shards)
-            values = params, {} if state is None else state
-            forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), values)
-            dtype = self._compute_dtype
-            return trace_pred(self._pred_fn, forms[0], sized(rows), abstract_state=forms[1], compute_dtype=dtype), {}
+            plan = resolve_plan(
+                self._plan,
+                n_devices=len(devices),
+                mesh=shape,
+                problem=problem,
+                memory_bytes=memory_bytes_per_device(devices),
+                compute_dtype=self._compute_dtype,
+            )
+            at_home = home is not None and MeshShape(**home.shape) == plan.mesh
+            self._plans[key] = plan, home if home is not None and at_home else make_mesh(plan.mesh, devices)
+        return self._plans[key]
 
-        plan = resolve_plan(
-            self._plan,
-            n_devices=len(devices),
-            mesh=shape,
-            problem=problem,
-            memory_bytes=memory_bytes_per_device(devices),
-            compute_dtype=self._compute_dtype,
-        )
-        mesh = home if home is not None and MeshShape(**home.shape) == plan.mesh else make_mesh(plan.mesh, devices)
-        rows = per_device_batch * plan.mesh.batch_shards
-        return build_predict_program(self._pred_fn, params, sized(rows), plan, mesh, state=state)
+    def _program(self, abstract_batch: Any, plan: Plan, mesh: Mesh, params: Any, state: Any) -> PredictProgram:
+        """The program for batches of this form; one is compiled for each form that comes by."""
+        key = _form((params, state, abstract_batch)), mesh
+        if key not in self._programs:
+            self._programs[key] = build_predict_program(self._pred_fn, params, abstract_batch, plan, mesh, state=state)
+        return self._programs[key]
+
+
+def _sized(batch: Any, rows: int) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+
+
+def _form(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(x), x.dtype, getattr(x, "sharding", None)) for x in leaves)
 
 
 def rows_of(output: Any) -> list[Any]:

@@ -27,7 +27,7 @@ from pipelines.functions import LOSS_ARGUMENTS, argument_names, batch_rows
 from pipelines.resolve import memory_bytes_per_device
 from pipelines.train import check_rows, train_problem
 from redco_like.checkpoint import CheckpointStore
-from redco_like.data import DataLoader, Piece, collate, process_rows, sequential, sharded
+from redco_like.data import DataLoader, Piece, collate, from_whole, process_rows, sequential, sharded
 from redco_like.deployer import Deployer
 from redco_like.metrics import MetricsLog, Progress, Writer
 from redco_like.watch import OnNonfinite, StepWatch, StopRequest, announced, check_policy
@@ -443,6 +443,7 @@ class Trainer:
         watch = StepWatch(
             log.record,
             log_every=run.log_every,
+            last_step=run.start + run.total,
             policy=self._on_nonfinite,
             most_skips=self._most_skips,
             explain=self._explain_nonfinite,
@@ -484,7 +485,7 @@ class Trainer:
         if ended:
             saved = "a checkpoint was saved" if run.store is not None else "no checkpoint was asked for"
             self._deployer.logger.warning("%s: stopped at step %d: %s; %s", self.name, self.step, ended, saved)
-        return FitResult(self.step, log.loss, watch.skipped, ended or "finished", evaluation)
+        return FitResult(self.step, watch.loss, watch.skipped, ended or "finished", evaluation)
 
     def _wish(self, request: StopRequest, done: int, run: _Run) -> str:
         """Why to stop now, agreed on by all processes."""
@@ -520,11 +521,7 @@ class Trainer:
         def place(piece: Piece) -> Any:
             forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct((piece.count, *x.shape[1:]), x.dtype), piece.batch)
             shardings = program.eval_shardings(forms)
-            if not piece.whole:
-                return sharded(piece.batch, shardings)
-            return jax.tree.map(
-                lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), piece.batch, shardings
-            )
+            return (from_whole if piece.whole else sharded)(piece.batch, shardings)
 
         in_flight: list[dict[str, tuple[Any, Any]]] = []
         for index, batch in enumerate(sequential(examples, self._collate_fn, rows, *slices, place=place)):
@@ -538,7 +535,7 @@ class Trainer:
         """Evaluate one batch, so that what is wrong with it shows before the training and not after it."""
         rows = batch_rows(self.program.abstract_batch) // self.plan.microbatches
         with announced(f"{self.name}: compiling the evaluation", self._deployer.logger):
-            names = set(next(self._evaluated(examples[:rows], rows)))
+            names = set(next(self._evaluated([examples[i] for i in range(min(rows, len(examples)))], rows)))
         best = self._best["best_metric"]
         if best is not None and best not in names:
             raise ValueError(
@@ -583,16 +580,16 @@ class _RunLog:
             active=first,
         )
         self.tick = self._progress.update
+        self._last_step: int | None = None
         self._read: collections.deque[tuple[float, int]] = collections.deque(maxlen=_RATE_OVER)
         self._skipped = 0
         self.pause(trainer.step)
-        self.loss: float | None = None
 
     def __enter__(self) -> _RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.close()
+        self._progress.close(self._last_step)
         self._metrics.close()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -605,7 +602,7 @@ class _RunLog:
         epoch = (step - self._start) / self._steps_per_epoch
         more = {"skipped": self._skipped, "epoch": epoch, f"{self._unit}_per_second": rate}
         self._metrics.write(step, {**metrics, **more})
-        self.loss = metrics["loss"]
+        self._last_step = step
         self._progress.update(step, {"loss": metrics["loss"]})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:

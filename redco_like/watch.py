@@ -37,13 +37,15 @@ class StepWatch:
 
     Args:
         record: called with `(step, metrics)` for each step that is to be logged, metrics as floats.
-        log_every: which steps are logged.
+        log_every: which steps are logged; those that are not finite are in any case, and
+        last_step: the last one.
         policy: what a non-finite step leads to: an error, a stop, or nothing but a count.
         most_skips: with "skip", how many non-finite steps in a row are an error.
         explain: called with the batch of a non-finite step before an error is raised; its text becomes part of it.
 
     Attributes:
         skipped: non-finite steps seen.
+        loss: of the last step read.
         stop: set when the policy "stop" met its first one.
     """
 
@@ -52,18 +54,20 @@ class StepWatch:
         record: Callable[[int, Mapping[str, float]], None],
         *,
         log_every: int,
+        last_step: int,
         policy: OnNonfinite,
         most_skips: int,
         explain: Callable[[Any], str],
         logger: logging.Logger,
     ):
         self._record, self._log_every, self._policy, self._explain = record, log_every, policy, explain
-        self._most_skips, self._logger = most_skips, logger
+        self._most_skips, self._last_step, self._logger = most_skips, last_step, logger
         self._pending: collections.deque[tuple[int, Mapping[str, jax.Array], Any]] = collections.deque()
         self._in_a_row = 0
         self._last_push = time.perf_counter()
         self._seconds_per_step = 1.0
         self.skipped = 0
+        self.loss: float | None = None
         self.stop = False
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], batch: Any) -> None:
@@ -81,11 +85,14 @@ class StepWatch:
     def drain(self) -> None:
         """Read all that is in flight."""
         while self._pending:
-            self._read(*self._pending.popleft())
+            step, metrics, batch = self._pending.popleft()
+            if not self._pending:
+                self.loss = float(metrics["loss"])
+            self._read(step, metrics, batch)
 
     def _read(self, step: int, metrics: Mapping[str, jax.Array], batch: Any) -> None:
         bad = int(metrics["skipped"])
-        if bad or step % self._log_every == 0:
+        if bad or step % self._log_every == 0 or step == self._last_step:
             self._record(step, {name: float(value) for name, value in metrics.items()})
         if not bad:
             self._in_a_row = 0

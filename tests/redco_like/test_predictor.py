@@ -44,7 +44,7 @@ def test_parameters_of_a_trainer_are_used_without_a_copy(deployer):
     predictor = rl.Predictor(deployer, collate, pred_fn, params=trainer.params)
     before = predictor.predict(make_examples(5))
     (program,) = predictor._programs.values()
-    placed = program.place(trainer.params)
+    placed, _ = program.place(trainer.params)
     assert [s.data.unsafe_buffer_pointer() for s in placed["w"].addressable_shards] == [
         s.data.unsafe_buffer_pointer() for s in trainer.params["w"].addressable_shards
     ]
@@ -106,6 +106,17 @@ def test_output_fn_sees_real_rows_only(deployer):
     predictor = make(deployer, output_fn=lambda output: [1])
     with pytest.raises(ValueError, match="output_fn returned 1 items for a batch of 4 examples"):
         predictor.predict(make_examples(7), per_device_batch=2)
+
+
+def test_batches_of_several_lengths_are_each_compiled_for(deployer):
+    def to_longest(examples):
+        longest = max(len(example) for example in examples)
+        return {"x": np.stack([np.pad(example, (0, longest - len(example))) for example in examples])}
+
+    examples = [np.ones(1 + i // 4, np.float32) for i in range(11)]
+    deployer.devices = jax.devices()[:2]
+    predictor = rl.Predictor(deployer, to_longest, lambda batch: batch["x"].sum(-1), params={}, plan="data")
+    assert predictor.predict(examples, per_device_batch=2) == [float(len(example)) for example in examples]
 
 
 def test_two_predictors_of_other_models_live_in_one_process(deployer):

@@ -87,6 +87,12 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, stop_after
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole.params), jax.device_get(second.params))
 
 
+def test_short_run_logs_its_last_step(deployer):
+    trainer = make(deployer)
+    result = trainer.fit(EXAMPLES, global_batch=8, steps=3)
+    assert lines(trainer) == {3: pytest.approx(result.loss)}
+
+
 def test_finished_run_has_nothing_left_to_do(tmp_path):
     fresh(tmp_path).fit(EXAMPLES, global_batch=8)
     again = fresh(tmp_path)
@@ -243,9 +249,11 @@ def test_loop_never_reads_the_step_just_dispatched():
             read.append(self.step)
             return 0
 
-    monitor = watch.StepWatch(lambda *_: None, log_every=1000, policy="raise", most_skips=1, explain=str, logger=None)
+    monitor = watch.StepWatch(
+        lambda *_: None, log_every=1000, last_step=10**6, policy="raise", most_skips=1, explain=str, logger=None
+    )
     for step in range(1, 50):
-        monitor.push(step, {"skipped": Scalar(step)}, None)
+        monitor.push(step, {"skipped": Scalar(step), "loss": 0.0}, None)
         assert step - 1 not in read
     monitor.drain()
     assert read == list(range(1, 50))
