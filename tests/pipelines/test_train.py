@@ -88,6 +88,14 @@ def test_microbatches_give_the_mean_over_the_global_batch(shape, loss_fn):
     assert_close(whole_state.params, state.params)
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_result(remat):
+    expected_state, expected = train(build(ONE))
+    state, history = train(build(TENSOR, remat=remat, microbatches=2))
+    assert_close(expected, history)
+    assert_close(expected_state.params, state.params)
+
+
 def test_masked_loss_is_divided_by_the_global_weight_and_not_per_shard():
     batch = make_batch(ROWS)
     batch["mask"] = np.zeros(ROWS, np.float32)

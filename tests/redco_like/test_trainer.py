@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import threading
 
@@ -22,9 +23,12 @@ from small_models import (
     masked_loss,
     mean_loss,
 )
+from test_distributed import run_processes
 
 import redco_like as rl
 from redco_like import watch
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 EXAMPLES = make_examples(40)
 F32_SHARDED = 1e-4
@@ -433,3 +437,40 @@ def test_slow_work_is_announced_while_it_runs(caplog):
     assert caplog.messages[0] == "compiling ..."
     assert "so far" in caplog.messages[1]
     assert caplog.messages[-1].startswith("compiling took 0.")
+
+
+def test_two_processes_train_evaluate_predict_and_stop_as_one(tmp_path):
+    program = """
+    import optax
+    import redco_like as rl
+    from small_models import collate, init_mlp, logits, make_examples, masked_loss
+
+    where = explicit if process >= 0 else False
+    deployer = rl.Deployer(folder / ("one" if process < 0 else "two"), distributed=where, compile_cache=False)
+    trainer = rl.Trainer(deployer, collate, masked_loss, init_mlp, optax.adam(1e-2), plan="fsdp+megatron",
+                         mesh="data=2,fsdp=2,tensor=2", best_metric="loss")
+    valid = make_examples(21, 1)
+    result = trainer.fit(make_examples(40), global_batch=8, eval_examples=valid)
+    predictor = rl.Predictor(deployer, collate, lambda params, batch: logits(params, batch["x"]).argmax(-1),
+                             params=lambda: trainer.params)
+    labels = [int(label) for label in predictor.predict(valid, per_device_batch=1)]
+    if process == 0:
+        (trainer.folder / "STOP").touch()
+    deployer.barrier("the wish to stop is there")
+    steps = 10**6 if process >= 0 else 1
+    stopped = trainer.fit(make_examples(40), global_batch=8, steps=steps, eval_examples=valid, eval_every=None)
+    print("RESULT", json.dumps([result.loss, result.evaluation["loss"], labels, stopped.step, stopped.ended]))
+    """
+    variables = lambda process, port: {  # noqa: E731
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 if process < 0 else 4}",
+    }
+    outputs = run_processes(program, tmp_path, (-1, 0, 1), variables)
+    found = [[line for line in output.splitlines() if line.startswith("RESULT")] for output in outputs]
+    assert all(found), "\n".join(outputs)
+    one, first, second = (json.loads(lines[0].removeprefix("RESULT")) for lines in found)
+    np.testing.assert_allclose(first[:2], one[:2], rtol=F32_SHARDED)
+    assert first[:2] == second[:2]
+    assert one[2] == first[2] == second[2]
+    assert first[3] == second[3] < 10**6
+    assert "STOP" in first[4] + second[4]
