@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python examples/lm.py --demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadscope
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
 
 
 test-slow: $(STAMP)

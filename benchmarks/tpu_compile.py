@@ -1,9 +1,10 @@
 """Compile a step for a TPU topology with no TPU, stopped after buffer assignment: seconds instead of minutes.
 
-The real XLA:TPU compiler (libtpu, extra `tpu-aot`) runs in a child process that dumps its HLO. When the buffers are assigned, the
-scheduled and partitioned program and its memory report are on disk, and the child is ended: code generation is 90 % of a compile.
+The real XLA:TPU compiler (libtpu, extra `tpu-aot`) runs in a child process that dumps its HLO. When the buffers are
+assigned, the scheduled and partitioned program and its memory report are on disk, and the child is ended: code
+generation is 90 % of a compile.
 
-    child:   the script calls `compile_on(topology, lower)` when `REDCO_LIKE_CHILD` is set
+    child:   when `REDCO_LIKE_CHILD` is set, the script prints `argument_bytes N` and compiles a function called `step`
     parent:  report = run_child(script, ["--variant", "pinned"], limit_seconds=300)
 """
 
@@ -20,13 +21,28 @@ import tempfile
 import time
 
 CHILD = "REDCO_LIKE_CHILD"
-DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
+DTYPE_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the compiled program: kind, result shapes as text, bytes of its result, whether inside a loop."""
+    """One collective of the compiled program: kind, result shapes as text, bytes of its result, whether inside a
+    loop.
+    """
 
     kind: str
     shapes: str
@@ -36,11 +52,10 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler said: bytes per device of all of the program and of temporaries, and its collectives."""
+    """What the compiler said, per device: bytes of the whole program and of its arguments, and its collectives."""
 
     total_bytes: int
     argument_bytes: int
-    temp_bytes: int
     collectives: tuple[Collective, ...]
     seconds: float
 
@@ -54,8 +69,13 @@ def run_child(script: str, args: list[str], *, accelerator_type: str, limit_seco
     """
     with tempfile.TemporaryDirectory(prefix="tpu-compile-") as folder:
         env = os.environ | {
-            CHILD: "1", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": accelerator_type, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3",
+            CHILD: "1",
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": accelerator_type,
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
             "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
         }
         log = pathlib.Path(folder, "log.txt")
@@ -77,7 +97,10 @@ def run_child(script: str, args: list[str], *, accelerator_type: str, limit_seco
             child.kill()
             child.wait()
         seconds = time.monotonic() - start
-    return _report(hlo, memory, seconds)
+        said = re.search(r"^argument_bytes (\d+)", log.read_text(), re.MULTILINE)
+        if said is None:
+            raise RuntimeError("the compiling child did not say its argument_bytes")
+    return _report(hlo, memory, int(said[1]), seconds)
 
 
 def _finished(folder: pathlib.Path) -> tuple[str, str] | None:
@@ -89,12 +112,11 @@ def _finished(folder: pathlib.Path) -> tuple[str, str] | None:
     return (text, memory[-1].read_text()) if text.rstrip().endswith("}") and memory[-1].stat().st_size else None
 
 
-def _report(hlo: str, memory: str, seconds: float) -> Report:
-    total = re.search(r"Total bytes:\s*(\d+)", memory) or re.search(r"[Tt]otal.*?(\d{6,})", memory)
+def _report(hlo: str, memory: str, argument_bytes: int, seconds: float) -> Report:
+    total = re.search(r"Total bytes:\s*(\d+)", memory)
     if total is None:
         raise RuntimeError(f"the memory report has no total: {memory[:500]}")
-    arguments = sum(int(b) for b in re.findall(r"^.*parameter.*?(\d+)\s*bytes", memory, re.MULTILINE))
-    return Report(int(total[1]), arguments, 0, tuple(collectives(hlo)), seconds)
+    return Report(int(total[1]), argument_bytes, tuple(collectives(hlo)), seconds)
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -111,7 +133,13 @@ def collectives(hlo: str) -> list[Collective]:
         elif name:
             bodies[name].append(line)
     inside: set[str] = set()
-    queue = [m for lines in bodies.values() for line in lines if " while(" in line for m in re.findall(r"body=%?([\w.\-]+)", line)]
+    queue = [
+        m
+        for lines in bodies.values()
+        for line in lines
+        if " while(" in line
+        for m in re.findall(r"body=%?([\w.\-]+)", line)
+    ]
     while queue:
         here = queue.pop()
         if here in inside:
@@ -125,6 +153,8 @@ def collectives(hlo: str) -> list[Collective]:
             op = re.search(r"= (\(?[^=]*?\)?) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(", line)
             if op:
                 shapes = re.findall(r"(\w+)\[([\d,]*)\]", op[1])
-                size = sum(DTYPE_BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",") if n) for t, dims in shapes)
+                size = sum(
+                    DTYPE_BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",") if n) for t, dims in shapes
+                )
                 found.append(Collective(op[2], " ".join(f"{t}[{d}]" for t, d in shapes), size, computation in inside))
     return found

@@ -31,7 +31,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 from jax.sharding import Mesh, NamedSharding
 
 from sharding_rules.assignment import Assignment
-from sharding_rules.axes import BATCH, PARAM, AxisTable, Dim, Dims, Scope, leaves, size_of
+from sharding_rules.axes import BATCH, PARAM, AxisTable, Dim, Dims, Scope, leaves, loop_parts, shape_of, size_of
 from sharding_rules.partition import array_spec, to_spec
 from sharding_rules.primitives import RULES, elementwise
 
@@ -43,6 +43,7 @@ PINNED = frozenset(
     """.split()
 )
 """Primitives whose results are pinned."""
+PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated"})
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -117,11 +118,11 @@ class Pinner:
             for var in scope.jaxpr.outvars
         ]
 
-    def pin(self, x: Any, dims: Dims, *, weight: bool = False) -> Any:
-        """Constrain one array to the split of its axes."""
+    def pin(self, x: Any, dims: Dims, *, spill: bool = True) -> Any:
+        """Constrain one array to the split of its axes; `spill` where the assignment's `spill` may apply too."""
         if isinstance(x, Pieces) or not self.active or not dims or jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return x
-        spill = not weight and any(
+        spill = spill and any(
             (row := self.assignment.rows.of(axis)) and row.role not in OUTER_ROLES
             for dim in dims
             for axis in leaves(dim)
@@ -188,6 +189,8 @@ class Pinner:
         values = self._gathered(scope, eqn, values)
         outs = evaluate(eqn, values)
         if name in PINNED:
+            if name == "gather" and self.assignment.spill:  # first summed over the table's shards, then cut
+                outs = [self.pin(x, scope.dims[var], spill=False) for x, var in zip(outs, eqn.outvars, strict=True)]
             outs = [
                 self.pin(x, scope.dims[var]) if scope.origin[var] & BATCH else x
                 for var, x in zip(eqn.outvars, outs, strict=True)
@@ -204,8 +207,10 @@ class Pinner:
         origins = [0 if isinstance(atom, Literal) else scope.origin[atom] for atom in eqn.invars]
         if not any(origin & BATCH for origin in origins):
             return values
+        # What is split between blocks only is gathered where it enters one: once, before the products that share it.
+        product = bool(self.assignment.spill) and PARAM in origins and eqn.primitive.name in PRODUCTS
         return [
-            self.pin(x, scope.dims[atom], weight=True) if origin == PARAM and isinstance(atom, Var) else x
+            self.pin(x, scope.dims[atom], spill=False) if isinstance(atom, Var) and (origin == PARAM or product) else x
             for x, origin, atom in zip(values, origins, eqn.invars, strict=True)
         ]
 
@@ -234,9 +239,10 @@ class Pinner:
                 for segment, start, stop in zip(segments, offsets, offsets[1:], strict=False):
                     piece = jax.lax.slice_in_dim(values[side], start, stop, axis=i)
                     piece = self.pin(
-                        piece, tuple(segment if j == i else dim for j, dim in enumerate(dims)), weight=True
+                        piece, tuple(segment if j == i else dim for j, dim in enumerate(dims)), spill=False
                     )
-                    operands = (piece, values[1]) if side == 0 else (values[0], piece)
+                    x = self.pin(values[1 - side], scope.dims[other], spill=False)
+                    operands = (piece, x) if side == 0 else (x, piece)
                     product = eqn.primitive.bind(*operands, **eqn.params)
                     out_dims = scope.dims[eqn.outvars[0]]
                     parts.append(self.pin(product, tuple(segment if j == out else d for j, d in enumerate(out_dims))))
@@ -276,9 +282,10 @@ class Pinner:
 
     def _scan(self, scope: Scope, eqn: JaxprEqn, child: Scope, values: list[Any]) -> list[Any]:
         p = eqn.params
-        split = p["num_consts"] + p["num_carry"]
-        consts, carry, xs = values[: p["num_consts"]], values[p["num_consts"] : split], values[split:]
-        carry_vars = child.jaxpr.invars[p["num_consts"] : split]
+        consts_n, carry_n = loop_parts(eqn)
+        split = consts_n + carry_n
+        consts, carry, xs = values[:consts_n], values[consts_n:split], values[split:]
+        carry_vars = child.jaxpr.invars[consts_n:split]
 
         def pinned(carry: Sequence[Any]) -> list[Any]:
             return [
@@ -288,7 +295,7 @@ class Pinner:
 
         def inner(consts: Sequence[Any], carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             outs = self._call(child, [*consts, *carry, *xs], p["jaxpr"].consts)
-            return pinned(outs[: p["num_carry"]]), outs[p["num_carry"] :]
+            return pinned(outs[:carry_n]), outs[carry_n:]
 
         layers = any(not isinstance(a, Literal) and scope.origin[a] == PARAM for a in eqn.invars[split:])
         if self.remat != "none" and layers and not any(e.primitive.name in CHECKPOINTS for e in child.jaxpr.eqns):
@@ -351,7 +358,7 @@ def stretches(scope: Scope) -> list[int]:
     for k, eqn in enumerate(eqns):
         work = work or eqn.primitive.name in {"dot_general", "conv_general_dilated"} or k in scope.children
         alive |= {
-            v for v in eqn.outvars if scope.origin.get(v) == ACTIVATION and v.aval.shape and last_use.get(v, -1) > k
+            v for v in eqn.outvars if scope.origin.get(v) == ACTIVATION and shape_of(v) and last_use.get(v, -1) > k
         }
         alive -= {v for v in alive if last_use.get(v, -1) <= k}
         new = alive - saved
@@ -372,7 +379,7 @@ def _loops_over_layers(scope: Scope) -> bool:
     for inner in scope.walk():
         for eqn in inner.jaxpr.eqns:
             if eqn.primitive.name == "scan":
-                xs = eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+                xs = eqn.invars[sum(loop_parts(eqn)) :]
                 if any(isinstance(a, Var) and inner.origin[a] == PARAM for a in xs):
                     return True
     return False
