@@ -78,8 +78,8 @@ def auto_plan(
         raise PlanError(f"no mesh of {n_devices} devices suits this model and batch: {refused}")
     raise PlanError(
         f"no plan fits {_gib(memory_bytes)} per device on {n_devices} devices (analytic count, {HEADROOM:.0%} of it "
-        f"usable): the closest, {closest[1]}, needs {_gib(closest[0])}; take more devices, a smaller global batch or an "
-        "optimizer with a smaller state"
+        f"usable): the closest, {closest[1]}, needs {_gib(closest[0])}; take more devices, a smaller global batch or "
+        "an optimizer with a smaller state"
     )
 
 

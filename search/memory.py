@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sharding_rules import Layout
-from sharding_rules.axes import BATCH, PARAM, Scope
+from sharding_rules.axes import BATCH, PARAM, Scope, loop_parts, shape_of
 from sharding_rules.partition import array_spec
 
 NOT_SAVED = frozenset(
@@ -100,7 +100,7 @@ def _needed(scope: Scope) -> list[Any]:
         for eqn in scope.jaxpr.eqns
         if eqn.primitive.name not in NOT_SAVED
         for var in eqn.outvars
-        if scope.origin.get(var) == PARAM | BATCH and var.aval.shape
+        if scope.origin.get(var) == PARAM | BATCH and shape_of(var)
     ]
 
 
@@ -111,9 +111,9 @@ def _carries(layout: Layout) -> int:
         for position, eqn in enumerate(scope.jaxpr.eqns):
             if eqn.primitive.name == "scan":
                 (body,) = scope.children[position]
-                start = eqn.params["num_consts"]
-                for var in body.jaxpr.invars[start : start + eqn.params["num_carry"]]:
-                    if body.origin[var] & BATCH and jnp.issubdtype(var.aval.dtype, jnp.floating):
+                start, carry = loop_parts(eqn)
+                for var in body.jaxpr.invars[start : start + carry]:
+                    if body.origin[var] & BATCH and jnp.issubdtype(_dtype(var), jnp.floating):
                         total += _bytes(layout, body, var) * body.trips
     return total
 
@@ -121,4 +121,8 @@ def _carries(layout: Layout) -> int:
 def _bytes(layout: Layout, scope: Scope, var: Any) -> int:
     shares = array_spec(layout.assignment, scope.dims[var], spill=True)
     ways = layout.assignment.ways([a for entry in shares.entries for a in entry])
-    return math.prod(var.aval.shape) * var.aval.dtype.itemsize // ways
+    return math.prod(shape_of(var)) * _dtype(var).itemsize // ways
+
+
+def _dtype(var: Any) -> Any:
+    return var.aval.dtype

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,18 @@ from sharding_rules.trace import TracedFunction, tree_paths
 
 PARAM = 1
 BATCH = 2
-"""Where a value comes from: bits of `Scope.origin`. A value with PARAM alone is a weight, with both an activation."""
+COUNTED = 4
+"""Where a value comes from: bits of `Scope.origin`. A value with PARAM alone is a weight, with both an activation;
+COUNTED marks what is a running count over the batch and no weight: positions among what is not masked.
+"""
+
+
+def join_origins(origins: Iterable[int]) -> int:
+    """Where a value made of several comes from."""
+    joined = 0
+    for origin in origins:
+        joined |= origin
+    return joined & ~COUNTED if joined & PARAM else joined
 
 
 class Axis:
@@ -93,12 +104,13 @@ class Unifier:
 
     def concatenated(self, segments: Sequence[Dim], sizes: Sequence[int]) -> Dim:
         """The dimension made of `segments` one after the other; sizes are theirs."""
+        parts = [(segment, size) for segment, size in zip(segments, sizes, strict=True) if size]
+        if len(parts) == 1:
+            return parts[0][0]
         dim = self.fresh(sum(sizes))
-        if dim and len(segments) > 1:
+        if dim:
             # A segment of size 1 has no axis of its own: give it one, so that sizes add up.
-            dim[0].segments = tuple(
-                segment or (Axis(0, size),) for segment, size in zip(segments, sizes, strict=True) if size
-            )
+            dim[0].segments = tuple(segment or (Axis(0, size),) for segment, size in parts)
         return dim
 
     def unify(self, a: Sequence[Axis], b: Sequence[Axis]) -> bool:
@@ -258,7 +270,8 @@ class AxisTable:
         traced: the function.
         scope: dimensions of every variable, call by call.
         contractions, marks: what the rules saw.
-        unknown: primitives without a rule, with how often they occur; their results got fresh axes.
+        unknown: primitives without a rule, or used as their rule does not foresee, with how often they occur; their
+            results got fresh axes.
         notes: what could not be aligned, in words.
     """
 
@@ -280,7 +293,7 @@ class AxisTable:
     def outputs(self) -> list[tuple[Dim, ...]]:
         """Dimensions of the leaves of the result."""
         return [
-            tuple(leaves(dim) for dim in self.scope.dims[var]) if isinstance(var, Var) else ((),) * len(var.aval.shape)
+            tuple(leaves(dim) for dim in self.scope.dims[var]) if isinstance(var, Var) else ((),) * len(shape_of(var))
             for var in self.scope.jaxpr.outvars
         ]
 
@@ -340,7 +353,7 @@ class Inference:
 
     def read(self, scope: Scope, atom: Var | Literal) -> Dims:
         if isinstance(atom, Literal):
-            return self.fresh(atom.aval.shape)
+            return self.fresh(shape_of(atom))
         return scope.dims[atom]
 
     def origin(self, scope: Scope, atom: Var | Literal) -> int:
@@ -348,7 +361,7 @@ class Inference:
 
     def run(self, scope: Scope, dims: Sequence[Dims], origins: Sequence[int]) -> None:
         for var in scope.jaxpr.constvars:
-            scope.dims[var], scope.origin[var] = self.fresh(var.aval.shape), 0
+            scope.dims[var], scope.origin[var] = self.fresh(shape_of(var)), 0
         for var, dim, origin in zip(scope.jaxpr.invars, dims, origins, strict=True):
             scope.dims[var], scope.origin[var] = dim, origin
         for position, eqn in enumerate(scope.jaxpr.eqns):
@@ -358,9 +371,7 @@ class Inference:
         ins = [self.read(scope, atom) for atom in eqn.invars]
         origins = [self.origin(scope, atom) for atom in eqn.invars]
         rule = self.rules.get(eqn.primitive.name) or (self.call_rule if inner_jaxpr(eqn) is not None else None)
-        joined = 0
-        for origin in origins:
-            joined |= origin
+        joined = join_origins(origins)
         outs: Any = None
         out_origins: Sequence[int] | None = None
         if rule is not None:
@@ -368,9 +379,8 @@ class Inference:
             if isinstance(outs, Called):
                 outs, out_origins = outs.dims, outs.origins
         if outs is None:
-            if rule is None:
-                self.unknown[eqn.primitive.name] = self.unknown.get(eqn.primitive.name, 0) + 1
-            outs = [self.fresh(var.aval.shape) for var in eqn.outvars]
+            self.unknown[eqn.primitive.name] = self.unknown.get(eqn.primitive.name, 0) + 1
+            outs = [self.fresh(shape_of(var)) for var in eqn.outvars]
         for i, (var, dims) in enumerate(zip(eqn.outvars, outs, strict=True)):
             scope.dims[var] = dims
             scope.origin[var] = joined if out_origins is None else out_origins[i]
@@ -396,11 +406,11 @@ class Equation:
 
     @property
     def in_shapes(self) -> list[tuple[int, ...]]:
-        return [atom.aval.shape for atom in self.eqn.invars]
+        return [shape_of(atom) for atom in self.eqn.invars]
 
     @property
     def out_shapes(self) -> list[tuple[int, ...]]:
-        return [var.aval.shape for var in self.eqn.outvars]
+        return [shape_of(var) for var in self.eqn.outvars]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,9 +427,31 @@ def inner_jaxpr(eqn: JaxprEqn) -> Jaxpr | ClosedJaxpr | None:
         inner = eqn.params.get(name)
         if isinstance(inner, Jaxpr | ClosedJaxpr):
             plain = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-            if len(plain.invars) == len(eqn.invars) and len(plain.outvars) == len(eqn.outvars):
+            if _shapes(plain.invars) == _shapes(eqn.invars) and _shapes(plain.outvars) == _shapes(eqn.outvars):
                 return inner
     return None
+
+
+def loop_parts(eqn: JaxprEqn) -> tuple[int, int]:
+    """Numbers of constants and of carried values among a scan's operands.
+
+    Read off the ranks: what is scanned has one dimension more outside than inside. The parameters that say so differ
+    between versions of JAX (`num_consts` and `num_carry`, or trees in `ft_in`).
+    """
+    body = eqn.params["jaxpr"]
+    body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+    carry = sum(a == b for a, b in zip(_shapes(eqn.outvars), _shapes(body.outvars), strict=True))
+    kept = sum(a == b for a, b in zip(_shapes(eqn.invars), _shapes(body.invars), strict=True))
+    return kept - carry, carry
+
+
+def shape_of(atom: Var | Literal) -> tuple[int, ...]:
+    """The shape of a variable; `()` for what has none, such as a token."""
+    return getattr(atom.aval, "shape", ())
+
+
+def _shapes(atoms: Sequence[Var | Literal]) -> list[tuple[int, ...]]:
+    return [shape_of(atom) for atom in atoms]
 
 
 def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "batch") -> AxisTable:
@@ -440,6 +472,6 @@ def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "
     for name, arg in zip(traced.names, traced.args, strict=True):
         bit = PARAM if name == params else BATCH if name == batch else 0
         origins += [bit] * len(jax.tree.leaves(arg))
-    dims = [inference.fresh(var.aval.shape) for var in scope.jaxpr.invars]
+    dims = [inference.fresh(shape_of(var)) for var in scope.jaxpr.invars]
     inference.run(scope, dims, origins)
     return AxisTable(traced, scope, inference.contractions, inference.marks, inference.unknown, inference.notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sharding_rules.axes import Called, Dim, Dims, Equation, Inference, inner_jaxpr
+from sharding_rules.axes import Called, Dim, Dims, Equation, Inference, inner_jaxpr, join_origins, loop_parts
 from sharding_rules.primitives import rule
 
 
@@ -23,7 +23,7 @@ def scan(inf: Inference, eq: Equation) -> Called:
     """The carry's axes are the same going in and coming out; scanned inputs and outputs share the axis of
     iterations.
     """
-    consts, carry = eq.params["num_consts"], eq.params["num_carry"]
+    consts, carry = loop_parts(eq.eqn)
     length = inf.axes.fresh(eq.params["length"])
     for dims, origin in zip(eq.ins[consts + carry :], eq.origins[consts + carry :], strict=True):
         if length and dims[0]:
@@ -32,9 +32,7 @@ def scan(inf: Inference, eq: Equation) -> Called:
             inf.mark("layers", length)
         elif origin & 2:
             inf.mark("time", length)
-    joined = 0
-    for origin in eq.origins:
-        joined |= origin
+    joined = join_origins(eq.origins)
     dims = eq.ins[: consts + carry] + [d[1:] for d in eq.ins[consts + carry :]]
     origins = [*eq.origins[:consts], *([joined] * carry), *eq.origins[consts + carry :]]
     outs, out_origins = inf.call(eq.scope, eq.position, eq.params["jaxpr"], dims, origins, trips=eq.params["length"])
@@ -47,9 +45,7 @@ def scan(inf: Inference, eq: Equation) -> Called:
 @rule("while")
 def while_(inf: Inference, eq: Equation) -> Called:
     cond_n, body_n = eq.params["cond_nconsts"], eq.params["body_nconsts"]
-    joined = 0
-    for origin in eq.origins:
-        joined |= origin
+    joined = join_origins(eq.origins)
     cond_consts, body_consts, carry = eq.ins[:cond_n], eq.ins[cond_n : cond_n + body_n], eq.ins[cond_n + body_n :]
     origins = [*eq.origins[cond_n : cond_n + body_n], *([joined] * len(carry))]
     outs, out_origins = inf.call(eq.scope, eq.position, eq.params["body_jaxpr"], body_consts + carry, origins)
@@ -73,8 +69,8 @@ def cond(inf: Inference, eq: Equation) -> Called:
     for other, other_origins in results[1:]:
         for a, b in zip(outs, other, strict=True):
             inf.unify_all(a, b)
-        origins = [a | b for a, b in zip(origins, other_origins, strict=True)]
-    return Called(outs, [origin | eq.origins[0] for origin in origins])
+        origins = [join_origins(both) for both in zip(origins, other_origins, strict=True)]
+    return Called(outs, [join_origins((origin, eq.origins[0])) for origin in origins])
 
 
 @rule("shard_map")

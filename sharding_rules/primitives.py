@@ -20,7 +20,20 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from sharding_rules.axes import BATCH, PARAM, Contraction, Dim, Dims, Equation, Inference, leaves, size_of
+from sharding_rules.axes import (
+    BATCH,
+    COUNTED,
+    PARAM,
+    Called,
+    Contraction,
+    Dim,
+    Dims,
+    Equation,
+    Inference,
+    leaves,
+    shape_of,
+    size_of,
+)
 
 RULES: dict[str, Callable[[Inference, Equation], Any]] = {}
 
@@ -43,7 +56,7 @@ ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
     complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
     expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to
-    max min mul name ne neg nextafter not or polygamma population_count pow real reduce_precision
+    max min mul name ne neg nextafter not one_minus_square or polygamma population_count pow real reduce_precision
     regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
     sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor zeta
 """.split()
@@ -105,22 +118,31 @@ def bitcast(inf: Inference, eq: Equation) -> list[Dims] | None:
     "random_wrap",
     "random_unwrap",
     "random_clone",
-    "random_gamma",
     "axis_index",
     "empty",
     "create_token",
     "full",
     "debug_callback",
     "debug_print",
-    "psum_scatter",
-    "reduce_scatter",
-    "all_gather",
-    "all_gather_invariant",
     "all_to_all",
 )
 def fresh(inf: Inference, eq: Equation) -> list[Dims]:
     """New axes: an iota or random numbers take the axes of what they are combined with."""
     return [inf.fresh(shape) for shape in eq.out_shapes]
+
+
+@rule("random_gamma")
+def random_gamma(inf: Inference, eq: Equation) -> list[Dims]:
+    """Keys and shape parameters to samples, element by element."""
+    return [eq.ins[1]]
+
+
+@rule("psum_scatter", "reduce_scatter", "all_gather", "all_gather_invariant")
+def gathered(inf: Inference, eq: Equation) -> list[Dims]:
+    """The dimension that is gathered or scattered gets an axis of its own."""
+    if len(eq.in_shapes[0]) != len(eq.out_shapes[0]):
+        return [inf.fresh(eq.out_shapes[0])]
+    return [_window(inf, eq.ins[0], eq.in_shapes[0], eq.out_shapes[0])]
 
 
 # Shape changes.
@@ -170,6 +192,19 @@ def reshape(inf: Inference, eq: Equation) -> list[Dims]:
     return [tuple(out)]
 
 
+@rule("tile")
+def tile(inf: Inference, eq: Equation) -> list[Dims]:
+    """Repetitions are a factor in front of the dimension."""
+    return [tuple((*inf.axes.fresh(n), *dim) for dim, n in zip(eq.ins[0], eq.params["reps"], strict=True))]
+
+
+@rule("unstack")
+def unstack(inf: Inference, eq: Equation) -> list[Dims]:
+    (x,), axis = eq.ins, eq.params["axis"]
+    inf.mark("indexed", x[axis])
+    return [(*x[:axis], *x[axis + 1 :]) for _ in eq.out_shapes]
+
+
 @rule("transpose")
 def transpose(inf: Inference, eq: Equation) -> list[Dims]:
     (x,) = eq.ins
@@ -188,9 +223,16 @@ def expand_dims(inf: Inference, eq: Equation) -> list[Dims]:
     return [tuple(() if i in eq.params["dimensions"] else next(kept) for i in range(len(eq.out_shapes[0])))]
 
 
-@rule("rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+@rule("rev", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def same_dims(inf: Inference, eq: Equation) -> list[Dims]:
     return [eq.ins[0]]
+
+
+@rule("cumsum")
+def cumsum(inf: Inference, eq: Equation) -> Called:
+    """A running count over the batch (of tokens that are not masked) numbers positions."""
+    origin = eq.origins[0]
+    return Called([eq.ins[0]], [origin | COUNTED if origin == BATCH else origin])
 
 
 @rule(
@@ -261,7 +303,7 @@ def slice_(inf: Inference, eq: Equation) -> list[Dims]:
 def _tiling(eq: Equation, dimension: int) -> list[int] | None:
     """Cut points of a dimension, if all slices of this array along it are disjoint; None if they overlap."""
     (var,) = eq.eqn.invars
-    size = var.aval.shape[dimension]
+    size = shape_of(var)[dimension]
     spans = set()
     for other in eq.scope.jaxpr.eqns:
         if other.primitive.name == "slice" and other.invars[0] is var:
@@ -329,7 +371,8 @@ def gather(inf: Inference, eq: Equation) -> list[Dims]:
     (source, _), (shape,) = eq.in_shapes, eq.out_shapes
     for i in numbers.start_index_map:
         if sizes[i] != source[i]:
-            kind = "position" if not eq.origins[1] & BATCH else "table" if eq.origins[0] == PARAM else "label"
+            counted = not eq.origins[1] & BATCH or eq.origins[1] & COUNTED
+            kind = "position" if counted else "table" if eq.origins[0] == PARAM else "label"
             inf.mark(kind, x[i])
     for a, b in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         if x[a] and indices[b]:
@@ -503,6 +546,12 @@ def reduce_window(inf: Inference, eq: Equation) -> list[Dims]:
         for dim, n, m, s in zip(eq.ins[0], eq.in_shapes[0], eq.out_shapes[0], strides, strict=True)
     )
     return [out for _ in eq.out_shapes]
+
+
+@rule("select_and_scatter_add", "select_and_scatter")
+def select_and_scatter(inf: Inference, eq: Equation) -> list[Dims]:
+    """The gradient of pooling: shaped like what was pooled."""
+    return [next(dims for dims, shape in zip(eq.ins, eq.in_shapes, strict=True) if shape == eq.out_shapes[0])]
 
 
 def _strided(inf: Inference, dim: Dim, size: int, out_size: int, stride: int, dilation: int) -> Dim:

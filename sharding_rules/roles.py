@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from sharding_rules.axes import BATCH, PARAM, Axis, AxisTable, Dim, leaves
 
@@ -236,8 +236,8 @@ def _refine(table: AxisTable, roles: dict[Axis, str], params: str) -> dict[Axis,
         colours = refined
 
 
-def _number(keys: dict[Axis, object]) -> dict[Axis, int]:
-    numbers: dict[object, int] = {}
+def _number(keys: Mapping[Axis, Hashable]) -> dict[Axis, int]:
+    numbers: dict[Hashable, int] = {}
     return {axis: numbers.setdefault(key, len(numbers)) for axis, key in keys.items()}
 
 

@@ -49,7 +49,7 @@ def abstract(tree: Any) -> Any:
         lambda x: jax.ShapeDtypeStruct(
             jax.numpy.shape(x),
             jax.dtypes.canonicalize_dtype(x.dtype)
-            if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+            if not jax.numpy.issubdtype(x.dtype, jax.dtypes.extended)
             else x.dtype,
         ),
         tree,
