@@ -32,7 +32,7 @@ from redco_like.deployer import Deployer
 from redco_like.metrics import MetricsLog, Progress, Writer
 from redco_like.watch import OnNonfinite, StepWatch, StopRequest, announced, check_policy
 from search import Plan
-from sharding_rules import Layout, MeshShape, make_mesh
+from sharding_rules import Layout, MeshShape, format_bytes, make_mesh
 
 Every = int | Literal["epoch"] | None
 """How often: every so many steps, at the end of each epoch, or never. The end of a run always counts."""
@@ -416,7 +416,7 @@ class Trainer:
     def _say_bytes(self, program: TrainProgram) -> None:
         needed = program.compiled_bytes_per_device
         if needed is not None:
-            self._deployer.logger.info("%s: the step needs %.1f MiB per device (compiled)", self.name, needed / 2**20)
+            self._deployer.logger.info("%s: the step needs %s per device (compiled)", self.name, format_bytes(needed))
 
     def _initial_state(self) -> TrainState:
         params, model_state = self._initial

@@ -17,7 +17,7 @@ import jax
 
 from search.memory import StepBytes, step_bytes
 from search.plan import Plan
-from sharding_rules import MeshShape, PlanError, TracedFunction, make_layout
+from sharding_rules import MeshShape, PlanError, TracedFunction, format_bytes, make_layout
 
 HEADROOM = 0.85
 """Share of a device's memory that a plan may count on; the rest is for the compiler's transients and fragmentation."""
@@ -77,9 +77,9 @@ def auto_plan(
     if closest is None:
         raise PlanError(f"no mesh of {n_devices} devices suits this model and batch: {refused}")
     raise PlanError(
-        f"no plan fits {_gib(memory_bytes)} per device on {n_devices} devices (analytic count, {HEADROOM:.0%} of it "
-        f"usable): the closest, {closest[1]}, needs {_gib(closest[0])}; take more devices, a smaller global batch or "
-        "an optimizer with a smaller state"
+        f"no plan fits {format_bytes(memory_bytes)} per device on {n_devices} devices (analytic count, {HEADROOM:.0%} "
+        f"of it usable): the closest, {closest[1]}, needs {format_bytes(closest[0])}; take more devices, a smaller "
+        "global batch or an optimizer with a smaller state"
     )
 
 
@@ -112,11 +112,7 @@ def _savings(rows_per_device: int) -> Iterator[tuple[Any, int]]:
 def _reason(bytes_: StepBytes, memory_bytes: float, asked: bool, closest: tuple[int, str, Plan] | None) -> str:
     kept = bytes_.params + bytes_.gradients + bytes_.optimizer
     text = (
-        f"{'the mesh asked for; ' if asked else ''}parameters, gradients and optimizer {_gib(kept)} + activations "
-        f"{_gib(bytes_.activations)} of {_gib(memory_bytes)} per device (analytic)"
+        f"{'the mesh asked for; ' if asked else ''}parameters, gradients and optimizer {format_bytes(kept)} + activations "
+        f"{format_bytes(bytes_.activations)} of {format_bytes(memory_bytes)} per device (analytic)"
     )
-    return text + (f"; {closest[1]} would need {_gib(closest[0])}" if closest else "")
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+    return text + (f"; {closest[1]} would need {format_bytes(closest[0])}" if closest else "")

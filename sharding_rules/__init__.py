@@ -1,6 +1,7 @@
 """Which dimension of which array goes on which mesh axis. No cost, no device."""
 
 from sharding_rules.errors import PlanError
+from sharding_rules.explain import format_bytes
 from sharding_rules.layout import Layout, make_layout
 from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, make_mesh
 from sharding_rules.trace import TracedFunction, abstract, path_str, trace, tree_paths
@@ -19,6 +20,7 @@ __all__ = [
     "PlanError",
     "TracedFunction",
     "abstract",
+    "format_bytes",
     "make_layout",
     "make_mesh",
     "path_str",

@@ -71,20 +71,21 @@ def explain(layout: Layout) -> str:
                 names,
                 rest,
                 "same" if rest == compute else compute,
-                _bytes(size),
+                format_bytes(size),
             )
         )
-    text += [*_columns(table), f"parameters: {_bytes(total)} per device", ""]
+    text += [*_columns(table), f"parameters: {format_bytes(total)} per device", ""]
 
     if whole:
-        text.append(f"whole on every device: {_bytes(sum(size for _, size in whole.values()))} of them")
+        text.append(f"whole on every device: {format_bytes(sum(size for _, size in whole.values()))} of them")
         by_reason: dict[str, list[str]] = {}
         for (generic, reason), (count, size) in whole.items():
-            by_reason.setdefault(reason, []).append(f"{generic}{f' ({count})' if count > 1 else ''} {_bytes(size)}")
+            number = f" ({count})" if count > 1 else ""
+            by_reason.setdefault(reason, []).append(f"{generic}{number} {format_bytes(size)}")
         text += [f"  {', '.join(items)}: {reason}" for reason, items in by_reason.items()] + [""]
     if moved:
         text.append("split across a concatenation (each use moves up to these bytes per device):")
-        text += [f"  {path}: {_bytes(size)}" for path, size in moved.items()] + [""]
+        text += [f"  {path}: {format_bytes(size)}" for path, size in moved.items()] + [""]
     if assignment.notes:
         text += ["left whole by the preset:", *(f"  {note}" for note in assignment.notes), ""]
     if layout.table.unknown:
@@ -134,13 +135,17 @@ def _spec(entries: tuple[tuple[str, ...], ...]) -> str:
     return "(" + ", ".join("-" if not e else "*".join(e) for e in entries) + ")"
 
 
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError("unreachable")
+def format_bytes(count: float) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> format_bytes(3_500_000)
+    '3.3 MiB'
+    """
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    k = 0
+    while count >= 1024 and k < len(units) - 1:
+        count, k = count / 1024, k + 1
+    return f"{count:.0f} B" if k == 0 else f"{count:.1f} {units[k]}"
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
