@@ -1,7 +1,8 @@
 """What pinning intermediates buys, by the TPU compiler: temporaries and collectives with and without.
 
-    python benchmarks/pinning.py            needs the tpu-aot extra (`pip install -e '.[tpu-aot]'`) and no TPU; about
-    a minute
+    python benchmarks/pinning.py [--svg docs/pinning.svg]      under a minute
+
+It needs the tpu-aot extra (`pip install -e '.[tpu-aot]'`) and no TPU.
 
 A Llama-like decoder (4 scanned layers, d_model 4096, 32 heads, 8 kv heads, batch 16, length 2048) is laid out for v5e
 4x4 as fsdp 4 x tensor 4. Without pins only the parameters and the batch are split, as rule-based tools do.
@@ -73,7 +74,29 @@ def moves_whole_batch(collective: tpu_compile.Collective) -> bool:
     return False
 
 
-def main() -> int:
+def draw(results: dict[str, dict[str, float]]) -> str:
+    """Two groups of bars as a self-contained SVG."""
+    panels = {
+        "temp_mb": "temporaries, MB per device",
+        "collective_result_mb_per_step": "results of collectives, MB per step",
+    }
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="170" font-family="sans-serif" font-size="13">',
+        '<rect width="760" height="170" fill="white"/>',
+    ]
+    for panel, (key, title) in enumerate(panels.items()):
+        left, most = 20 + 380 * panel, max(r[key] for r in results.values())
+        parts.append(f'<text x="{left}" y="24" font-weight="bold">{title}</text>')
+        for i, (variant, result) in enumerate(results.items()):
+            y, width = 40 + 42 * i, 170 * result[key] / most
+            colour = "#b0b0b0" if variant == "without pins" else "#2a6fbb"
+            parts.append(f'<text x="{left}" y="{y + 19}">{variant}</text>')
+            parts.append(f'<rect x="{left + 120}" y="{y}" width="{width:.0f}" height="28" fill="{colour}"/>')
+            parts.append(f'<text x="{left + 126 + width:.0f}" y="{y + 19}">{result[key]:,}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main(svg: str | None) -> int:
     results = {}
     for variant in PRESETS:
         report = tpu_compile.run_child(
@@ -93,6 +116,8 @@ def main() -> int:
         for (in_loop, kind, shapes, size), count in sorted(kinds.items(), key=lambda item: -item[0][3])[:12]:
             where = "loop" if in_loop else "once"
             print(f"  {where}  {count} x {kind:18} {shapes[:70]:70} {size / 1e6:8.1f} MB")
+    if svg is not None:
+        pathlib.Path(svg).write_text(draw(results))
     ratio = results["pinned"]["temp_mb"] / results["without pins"]["temp_mb"]
     passed = ratio <= MOST_TEMP_RATIO and results["pinned"]["whole_batch_collectives"] == 0
     print(
@@ -116,8 +141,9 @@ def main() -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--variant", choices=PRESETS)
+    parser.add_argument("--svg", metavar="FILE", help="also draw the figures")
     arguments = parser.parse_args()
     if os.environ.get(tpu_compile.CHILD):
         child(arguments.variant)
     else:
-        sys.exit(main())
+        sys.exit(main(arguments.svg))

@@ -182,7 +182,7 @@ def main() -> int:
     rounds = parser.parse_args().rounds
     with_redco = importlib.util.find_spec("redco") is not None and importlib.util.find_spec("tqdm") is not None
     small = compare(Lm(width=32, length=8, batch=8), 300, rounds, with_redco=with_redco)
-    large = compare(Lm(width=128, length=64, batch=16), 80, rounds, with_redco=False)
+    large = compare(Lm(width=128, length=64, batch=32), 60, rounds, with_redco=False)
     extra = statistics.median(t - r for t, r in zip(small["trainer"], small["raw"], strict=True))
     speed = statistics.median(r / t for t, r in zip(large["trainer"], large["raw"], strict=True))
     met = extra <= MAX_EXTRA_MS and speed >= MIN_SPEED

@@ -112,7 +112,7 @@ def _savings(rows_per_device: int) -> Iterator[tuple[Any, int]]:
 def _reason(bytes_: StepBytes, memory_bytes: float, asked: bool, closest: tuple[int, str, Plan] | None) -> str:
     kept = bytes_.params + bytes_.gradients + bytes_.optimizer
     text = (
-        f"{'the mesh asked for; ' if asked else ''}parameters, gradients and optimizer {format_bytes(kept)} + activations "
-        f"{format_bytes(bytes_.activations)} of {format_bytes(memory_bytes)} per device (analytic)"
+        f"{'the mesh asked for; ' if asked else ''}parameters, gradients and optimizer {format_bytes(kept)} + "
+        f"activations {format_bytes(bytes_.activations)} of {format_bytes(memory_bytes)} per device (analytic)"
     )
     return text + (f"; {closest[1]} would need {format_bytes(closest[0])}" if closest else "")
