@@ -10,7 +10,7 @@ A preset is parts joined by `+`, each a small function that adds to the table:
 * `megatron`: one axis of every weight over `tensor` (Shoeybi et al. 2019), found as the independent set of rows that
   covers most of the model's flops: no two of its rows meet in one parameter;
 * `sequence`: activations between blocks over `tensor` along length (Korthikanti et al. 2022); with `megatron`;
-* `redco`: Redco's two rules by parameter name (Tan et al. 2023), for comparison.
+* `redco`: Redco's rules by parameter name (Tan et al. 2023), for comparison.
 """
 
 from __future__ import annotations
@@ -229,33 +229,66 @@ PRESETS: dict[str, Part] = {
 
 
 def redco_rules(shapes: Mapping[str, tuple[int, ...]], ways: int) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Redco's two rules, which go by names: dense kernels alternate between the two dimensions in alphabetical order;
-    in attention, query, key and value are split on their output and the output projection on its input.
+    """The specs that Redco 0.4.23 derives from names and shapes, for comparison.
 
-    Whatever is not called `kernel` or `embedding` stays whole. Source: Redco (Tan et al. 2023, arXiv 2310.16355,
-    section 3).
+    A rule is made per pair (module, `kernel`) and per other last name; only kernels and embeddings are split, each
+    over one dimension that divides in all arrays of its rule. Embeddings take the first such dimension; in modules
+    whose path says attention or attn, names that begin or end in q, k, v take the last and in o the first; up, gate,
+    wi, in the last and down, wo, out the first; all others alternate, in alphabetical order. The first rule that
+    matches anywhere in a path is taken. Lists of parameters stay whole.
+
+    Source: Redco (Tan et al. 2023, arXiv 2310.16355, section 3) and `get_sharding_rules` of its package.
+
+    Returns:
+        Mesh axes per dimension, of the parameters that are split.
     """
-    specs: dict[str, tuple[tuple[str, ...], ...]] = {}
-    last = 0
-    for path in sorted(shapes):
-        shape, keys = shapes[path], path.split("/")
-        if keys[-1] not in {"kernel", "embedding"} or len(shape) < 2:
+    legal: dict[tuple[str, ...], list[bool] | None] = {}
+    in_attention: dict[tuple[str, ...], bool] = {}
+    keys = {path: tuple(path.split("/")) for path in shapes}
+    keys = {path: key for path, key in keys.items() if not any(part.isdigit() for part in key)}
+    for path, key in keys.items():
+        rule, shape = key[-2:] if key[-1] == "kernel" else key[-1:], shapes[path]
+        if key[-1] not in {"embedding", "kernel"}:
+            legal[rule] = None
             continue
-        attention = any("attn" in key.lower() or "attention" in key.lower() for key in keys[:-1])
-        if keys[-1] == "embedding":
-            order = [0, len(shape) - 1]
-        elif attention:
-            row_parallel = (
-                any(word in keys[-2].lower() for word in ("out", "o_proj", "wo", "dense", "c_proj")) or keys[-2] == "o"
-            )
-            order = [len(shape) - 2, len(shape) - 1] if row_parallel else [len(shape) - 1, len(shape) - 2]
+        if rule not in legal:
+            legal[rule], in_attention[rule] = [True] * len(shape), True
+        dims = legal[rule]
+        if dims is None or len(dims) != len(shape):
+            legal[rule] = None
+            continue
+        legal[rule] = [ok and size % ways == 0 for ok, size in zip(dims, shape, strict=True)]
+        in_attention[rule] &= any("attention" in part.lower() or "attn" in part.lower() for part in key)
+    split: dict[tuple[str, ...], int | None] = {}
+    last: int | None = None
+    for rule in sorted(legal):
+        choices = [i for i, ok in enumerate(legal[rule] or ()) if ok]
+        split[rule] = None
+        if not choices:
+            continue
+        name, words = rule[0], rule[0].split("_")
+        first, final = choices[0], choices[-1]
+        if rule[-1] == "embedding":
+            split[rule] = first
+        elif in_attention[rule] and (name[0] in "qkv" or name[-1] in "qkv"):
+            split[rule] = final
+        elif in_attention[rule] and (name[0] == "o" or name[-1] == "o"):
+            split[rule] = first
+        elif name.startswith(("up", "gate", "wi")) or "in" in words:
+            split[rule] = final
+        elif name.startswith(("down", "wo")) or "out" in words:
+            split[rule] = first
+        elif name.startswith("head") or name.endswith("head"):
+            split[rule] = final
         else:
-            last = 1 - last
-            order = [len(shape) - 1, len(shape) - 2] if last else [len(shape) - 2, len(shape) - 1]
-        for i in order:
-            if shape[i] % ways == 0:
-                specs[path] = tuple((TENSOR,) if j == i else () for j in range(len(shape)))
-                break
+            last = split[rule] = choices[-2] if final == last and len(choices) > 1 else final
+    specs: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for path, key in keys.items():
+        windows = {key[i : i + n] for n in (1, 2) for i in range(len(key) - n + 1)}
+        dimension = next((split[rule] for rule in split if rule in windows), None)
+        shape = shapes[path]
+        if dimension is not None and dimension < len(shape) and shape[dimension] % ways == 0:
+            specs[path] = tuple((TENSOR,) if i == dimension else () for i in range(len(shape)))
     return specs
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from sharding_rules.inline import inline_calls
 from sharding_rules.trace import TracedFunction, tree_paths
 
 PARAM = 1
@@ -267,7 +268,7 @@ class AxisTable:
     """The result of inference.
 
     Attributes:
-        traced: the function.
+        traced: the function, with its calls written out.
         scope: dimensions of every variable, call by call.
         contractions, marks: what the rules saw.
         unknown: primitives without a rule, or used as their rule does not foresee, with how often they occur; their
@@ -467,6 +468,7 @@ def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "
     from sharding_rules import control_flow, primitives
 
     inference = Inference(primitives.RULES, control_flow.inline_call)
+    traced = dataclasses.replace(traced, jaxpr=inline_calls(traced.jaxpr))
     scope = Scope(traced.jaxpr.jaxpr)
     origins: list[int] = []
     for name, arg in zip(traced.names, traced.args, strict=True):

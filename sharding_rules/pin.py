@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from sharding_rules.assignment import Assignment
 from sharding_rules.axes import BATCH, PARAM, AxisTable, Dim, Dims, Scope, leaves, loop_parts, shape_of, size_of
+from sharding_rules.inline import CALLS
 from sharding_rules.partition import array_spec, to_spec
 from sharding_rules.primitives import RULES, elementwise
 
@@ -44,7 +45,6 @@ PINNED = frozenset(
 )
 """Primitives whose results are pinned."""
 PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated"})
-CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,

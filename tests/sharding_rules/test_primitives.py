@@ -24,6 +24,22 @@ def pool(init, operator, window, stride, padding):
     return lambda x: lax.reduce_window(x, init, operator, (1, window, window, 1), (1, stride, stride, 1), padding)
 
 
+def _slices(h):
+    return h[:, :4], h[:, 4:8], h[:, 8:]
+
+
+def _pick(x, labels):
+    return jnp.take_along_axis(x, labels[..., None], axis=-1)
+
+
+def _dropout_by_legacy_key(x):
+    return x * jax.random.bernoulli(jax.random.PRNGKey(0), 0.5, x.shape)
+
+
+def _multiply_until_large(x, w):
+    return lax.while_loop(lambda c: c.sum() < 3, lambda c: c @ w, x)
+
+
 CASES = {
     # Products.
     "dot": ("ab bc -> ac", jnp.dot, f32(2, 3), f32(3, 4)),
@@ -168,10 +184,6 @@ CASES = {
     ),
     "product_gradient": ("ab ca -> ab", jax.grad(lambda w, x: jnp.tanh(x @ w).sum()), f32(3, 4), f32(2, 3)),
 }
-
-
-def _slices(h):
-    return h[:, :4], h[:, 4:8], h[:, 8:]
 
 
 @pytest.mark.parametrize("case", CASES)
