@@ -72,12 +72,13 @@ class MetricsLog:
             return
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = _open_appending(folder / FILE_NAME)
         for writer in writers:
             if not isinstance(writer, str):
                 self._writers.append(writer)
             elif writer != "jsonl":
                 self._writers.append(_WRITERS[writer](folder or pathlib.Path("."), name, dict(config or {})))
+        if folder is not None:
+            self._file = _open_appending(folder / FILE_NAME)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write the metrics of a step; values are numbers or scalar arrays (reading one off a device waits for it)."""

@@ -230,19 +230,18 @@ for step in range(2, 1000):
 
 def test_process_killed_during_a_save_leaves_whole_checkpoints(folder):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", KILLED, str(folder)], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    ) as child:
         assert child.stdout is not None
         for line in child.stdout:
             if line.startswith("step 3"):
                 break
-        time.sleep(0.05)
-    finally:
+        deadline = time.monotonic() + 60
+        while not (half := [path for path in folder.iterdir() if "tmp" in path.name]):
+            assert time.monotonic() < deadline, "the child saved nothing more"
         child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert any("tmp" in path.name for path in folder.iterdir()), "the kill came too late to be a test"
+    assert half
     wanted = {f"w{i}": np.zeros((1024, 1024), np.float32) for i in range(12)}
     with CheckpointStore(folder, keep=3) as store:
         steps = store.steps()

@@ -61,7 +61,7 @@ def reference(name):
     return params, batch, float(loss), gradients, make_layout(traced, MeshShape())
 
 
-@pytest.mark.parametrize("name, mesh_name", cases())
+@pytest.mark.parametrize("name, mesh_name", list(cases()))
 def test_loss_and_gradients_equal_unsharded(name, mesh_name):
     params, batch, loss, gradients, layout = reference(name)
     shape = MeshShape.parse(mesh_name)
