@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import pathlib
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -77,6 +78,11 @@ class CheckpointStore:
         self._mine: set[int] = set()
         self._unsealed: set[int] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            # Saves that were cut short. Orbax would do it in a thread, whose traceback covers that of a run that fails.
+            for path in self.folder.iterdir():
+                if ocp.utils.TMP_DIR_SUFFIX in path.name:
+                    shutil.rmtree(path, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -84,7 +90,6 @@ class CheckpointStore:
                     [checkpoint_managers.LatestN(keep), _KeepBest(self)]
                 ),
                 enable_async_checkpointing=asynchronous,
-                cleanup_tmp_directories=True,
             ),
         )
         for step in self.steps():
