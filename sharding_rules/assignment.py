@@ -16,12 +16,13 @@ A preset is parts joined by `+`, each a small function that adds to the table:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from sharding_rules.axes import Axis, AxisTable, Contraction, leaves, size_of
 from sharding_rules.errors import PlanError
-from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, EXPERT, STAGE, TENSOR, MeshShape
+from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, DATA, EXPERT, STAGE, TENSOR, MeshShape
 from sharding_rules.roles import NEVER_SPLIT, Row, Rows, weight_axes
 
 CHEAP_TO_REPLICATE = frozenset({"vocab", "classes", "output", "feature", "channel", "fused"})
@@ -74,6 +75,8 @@ def assign(
         for axis in axes:
             if axis not in AXES:
                 raise PlanError(f"axis {name!r} is assigned to {axis!r}, which is no mesh axis ({', '.join(AXES)})")
+            if axes.count(axis) > 1:
+                raise PlanError(f"axis {name!r} is assigned to {axis!r} twice: {axes}")
     assignment = Assignment(rows, mesh, plain)
     for name, axes in plain.items():
         row = rows[name]
@@ -100,32 +103,49 @@ def indivisible(
     table: AxisTable, rows: Rows, row: Row, axes: Sequence[str], mesh: MeshShape, *, params: str = "params"
 ) -> PlanError:
     """The error for a row that its mesh axes do not divide, with the parameter and the nearest mesh that works."""
-    ways = 1
-    for axis in axes:
-        ways *= mesh.sizes[axis]
     where = f"axis {row.name}"
     for path, dims in zip(table.paths(params), table.inputs(params), strict=True):
         hit = [i for i, dim in enumerate(dims) if any(rows.of(axis) is row for axis in _with_segments(dim))]
         if hit:
             where = f"parameter {path!r}, dimension {hit[0]} of shape {tuple(size_of(d) for d in dims)}"
             break
-    message = f"{where}: {row.name} has {row.size} elements, which {'*'.join(axes)}={ways} does not divide"
-    if len(axes) == 1:
-        legal = [t for t in range(1, min(row.size, mesh.size) + 1) if row.size % t == 0 and mesh.size % t == 0]
-        nearest = min(legal, key=lambda t: (abs(t - ways), -t))
-        other = dataclasses.replace(mesh, data=1, **{axes[0]: nearest})
-        fixed = dataclasses.replace(other, data=mesh.size // other.size) if mesh.size % other.size == 0 else None
-        if fixed is None:
-            fixed = MeshShape(data=mesh.size // nearest, **{axes[0]: nearest})
-        message += f"; the nearest mesh that works is {fixed}"
-    return PlanError(message)
+    return PlanError(f"{where}: {row.name} has {row.size} elements, which {misfit(row.size, axes, mesh)}")
+
+
+def misfit(size: int, axes: Sequence[str], mesh: MeshShape) -> str:
+    """`tensor=3 does not divide; the nearest mesh that works is data=2,tensor=2`, over as many devices.
+
+    Of several axes the last is made smaller; data takes what it gives up.
+    """
+    ways = math.prod(mesh.sizes[axis] for axis in axes)
+    *others, axis = axes
+    rest = math.prod(mesh.sizes[other] for other in others)
+    legal = [n for n in range(1, mesh.size + 1) if size % (rest * n) == 0 and mesh.size % (rest * n) == 0]
+    text = f"{'*'.join(axes)}={ways} does not divide"
+    if not legal or DATA in axes:
+        return (
+            f"{text}; the largest number of parts up to {ways} is {max(n for n in range(1, ways + 1) if size % n == 0)}"
+        )
+    nearest = min(legal, key=lambda n: (abs(n - mesh.sizes[axis]), -n))
+    other = dataclasses.replace(mesh, data=1, **{axis: nearest})
+    if mesh.size % other.size:
+        other = MeshShape(**{name: mesh.sizes[name] for name in others}, **{axis: nearest})
+    return f"{text}; the nearest mesh that works is {dataclasses.replace(other, data=mesh.size // other.size)}"
 
 
 Part = Callable[[AxisTable, Rows, MeshShape, str], dict]
 
 
-def preset(name: str, table: AxisTable, rows: Rows, mesh: MeshShape, *, params: str = "params") -> Assignment:
-    """The assignment of a preset such as `"fsdp+megatron"`.
+def preset(
+    name: str,
+    table: AxisTable,
+    rows: Rows,
+    mesh: MeshShape,
+    *,
+    params: str = "params",
+    stated: Mapping[str, tuple[tuple[str, ...], ...]] | None = None,
+) -> Assignment:
+    """The assignment of a preset such as `"fsdp+megatron"`, under what is `stated` by parameter path.
 
     Raises:
         PlanError: an unknown preset, a mesh axis above 1 that the preset leaves unused, sizes that do not divide.
@@ -152,6 +172,7 @@ def preset(name: str, table: AxisTable, rows: Rows, mesh: MeshShape, *, params: 
         compute = {row.name: (EXPERT,) for row in experts} | compute
     if mesh.context > 1:
         compute |= {row.name: (CONTEXT,) for row in rows.rows if row.role == "length" and row.size % mesh.context == 0}
+    more["by_path"] |= stated or {}
     used = {axis for axes in (*compute.values(), *more["spill"].values()) for axis in axes}
     used |= {axis for spec in more["by_path"].values() for axes in spec for axis in axes}
     idle = [axis for axis, size in mesh.sizes.items() if size > 1 and axis not in used]
@@ -166,7 +187,6 @@ def preset(name: str, table: AxisTable, rows: Rows, mesh: MeshShape, *, params: 
 def _advice(axis: str) -> str:
     return {
         TENSOR: "Add '+megatron' to the preset, or give its devices to data or fsdp",
-        EXPERT: "The model has no experts: give its devices to data or fsdp",
         CONTEXT: "No length of this model divides by it: give its devices to data or fsdp",
         STAGE: "Pipeline stages are not run by this step: give its devices to data or fsdp",
     }.get(axis, "Give its devices to another axis")
@@ -185,7 +205,12 @@ def _megatron(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dic
         return {}
     graph = _Conflicts(table, rows, params)
     best = graph.cover(lambda row: True)
-    chosen = graph.cover(lambda row: row.size % mesh.tensor == 0)
+    # An indivisible vocabulary must not turn the rest around: what it alone would split is left out of the choice, and
+    # only then covered by whatever else fits.
+    dropped = [row for row in best if row.size % mesh.tensor and row.role in CHEAP_TO_REPLICATE]
+    chosen = graph.cover(lambda row: row.size % mesh.tensor == 0, without=dropped)
+    if dropped:
+        chosen = graph.cover(lambda row: row.size % mesh.tensor == 0, given=chosen)
     notes = []
     for row in graph.candidates:
         if row.size % mesh.tensor == 0 or row not in best:
@@ -364,21 +389,30 @@ class _Conflicts:
         mask = self._mask(set(chosen))
         return all(m & mask for m in self.flops if m & self.index[row])
 
-    def cover(self, allowed: Callable[[Row], bool]) -> list[Row]:
+    def cover(
+        self, allowed: Callable[[Row], bool], *, without: Sequence[Row] = (), given: Sequence[Row] = ()
+    ) -> list[Row]:
         """The independent set with the most flops covered, then the least traffic, then the most parameters.
 
         Exact by branch and bound; past 50,000 nodes the best set found so far is taken.
+
+        Args:
+            allowed: which rows may be taken.
+            without: rows whose products do not count.
+            given: rows that are taken already.
         """
+        left_out, start = self._mask(set(without)), self._mask(set(given))
+        flops = {mask: count for mask, count in self.flops.items() if not mask & left_out}
         rows = sorted(
-            (row for row in self.candidates if allowed(row)),
-            key=lambda row: -sum(f for m, f in self.flops.items() if m & self.index[row]),
+            (row for row in self.candidates if allowed(row) and not self.index[row] & start),
+            key=lambda row: -sum(f for m, f in flops.items() if m & self.index[row]),
         )
-        total = max(sum(self.flops.values()), 1)
-        best: tuple[tuple[float, float, float], int] = ((0.0, 0.0, 0.0), 0)
+        total = max(sum(flops.values()), 1)
+        best: tuple[tuple[float, float, float], int] = ((0.0, 0.0, 0.0), start)
         nodes = 0
 
         def score(mask: int) -> tuple[float, float, float]:
-            covered = sum(f for m, f in self.flops.items() if m & mask)
+            covered = sum(f for m, f in flops.items() if m & mask)
             traffic = sum(e for m, e in self.traffic.items() if m & mask)
             return round(covered / total, 4), -traffic, sum(n for bit, n in self.size.items() if bit & mask)
 
@@ -394,14 +428,17 @@ class _Conflicts:
             for row in rows[i:]:
                 if not self.index[row] & banned:
                     rest |= self.index[row]
-            if round(sum(f for m, f in self.flops.items() if m & rest) / total, 4) < best[0][0]:
+            if round(sum(f for m, f in flops.items() if m & rest) / total, 4) < best[0][0]:
                 return
             bit = self.index[rows[i]]
             if not bit & banned:
                 visit(i + 1, mask | bit, banned | self.conflict[rows[i]])
             visit(i + 1, mask, banned)
 
-        visit(0, 0, 0)
+        banned = 0
+        for row in given:
+            banned |= self.conflict[row]
+        visit(0, start, banned)
         return [row for row in self.candidates if self.index[row] & best[1]]
 
 

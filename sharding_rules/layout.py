@@ -166,12 +166,10 @@ def _assigned(
     table: dict[str, Any] | None,
     params: str,
 ) -> Layout:
+    shapes = [tuple(size_of(dim) for dim in dims) for dims in axes.inputs(params)] if rules else []
+    stated = override(axes.paths(params), shapes, rules, mesh_shape) if rules else {}
     if table is not None:
-        assignment = assign(axes, rows, table, mesh_shape, params=params)
+        assignment = dataclasses.replace(assign(axes, rows, table, mesh_shape, params=params), by_path=stated)
     else:
-        assignment = preset_assignment(preset, axes, rows, mesh_shape, params=params)
-    if rules:
-        shapes = [tuple(size_of(dim) for dim in dims) for dims in axes.inputs(params)]
-        stated = override(axes.paths(params), shapes, rules, mesh_shape)
-        assignment = dataclasses.replace(assignment, by_path={**assignment.by_path, **stated})
+        assignment = preset_assignment(preset, axes, rows, mesh_shape, params=params, stated=stated)
     return Layout(axes, rows, assignment, params)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from sharding_rules.assignment import Assignment
+from sharding_rules.assignment import Assignment, misfit
 from sharding_rules.axes import Axis, Dim, leaves, size_of
 from sharding_rules.errors import PlanError
 from sharding_rules.mesh import AXES, BATCH_AXES, FSDP, MeshShape
@@ -202,7 +202,7 @@ def override(
             raise PlanError(f"rule {pattern!r} matches no parameter; the nearest path is {near[0] if near else None!r}")
         for k in hits:
             path, shape = paths[k], shapes[k]
-            entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+            entries = [_entry(pattern, e) for e in spec]
             if len(entries) > len(shape):
                 raise PlanError(
                     f"rule {pattern!r} gives {len(entries)} dimensions, but parameter {path!r} has shape {shape}"
@@ -219,15 +219,25 @@ def override(
                             f"dimensions {seen[axis]} and {i} of shape {shape}"
                         )
                     seen[axis] = i
-                ways = math.prod(mesh.sizes[axis] for axis in entry)
-                if shape[i] % ways:
-                    near = max(w for w in range(1, ways + 1) if shape[i] % w == 0)
+            for i, entry in enumerate(entries):
+                if shape[i] % math.prod(mesh.sizes[axis] for axis in entry):
                     raise PlanError(
                         f"rule {pattern!r}: parameter {path!r}, dimension {i} of shape {shape} has {shape[i]} "
-                        f"elements, which {'*'.join(entry)}={ways} does not divide; the nearest that does is {near}"
+                        f"elements, which {misfit(shape[i], entry, mesh)}"
                     )
             found[path] = tuple(tuple(a for a in entry if mesh.sizes[a] > 1) for entry in entries)
     return found
+
+
+def _entry(pattern: str, entry: Any) -> Entry:
+    """Mesh axes of one dimension of a rule's spec."""
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return (entry,)
+    if isinstance(entry, list | tuple) and all(isinstance(axis, str) for axis in entry):
+        return tuple(entry)
+    raise PlanError(f"rule {pattern!r} has {entry!r} for a dimension; write None, a mesh axis or a tuple of mesh axes")
 
 
 def state_specs(abstract_state: Any, abstract_params: Any, param_specs: Any) -> tuple[Any, list[str]]:
@@ -250,12 +260,12 @@ def state_specs(abstract_state: Any, abstract_params: Any, param_specs: Any) -> 
             return PartitionSpec()
         if leaf.shape == shapes[owner]:
             return specs[owner]
-        kept = _kept_dimensions(leaf.shape, shapes[owner], path)
-        if kept is None:
+        entries = (*specs[owner], *((None,) * (len(shapes[owner]) - len(specs[owner]))))
+        kept = {tuple(entries[i] for i in dims) for dims in _kept_dimensions(leaf.shape, shapes[owner])}
+        if len(kept) != 1:
             whole.append(f"{path} {leaf.shape}: not the shape of its parameter {shapes[owner]}")
             return PartitionSpec()
-        entries = (*specs[owner], *((None,) * (len(shapes[owner]) - len(specs[owner]))))
-        return PartitionSpec(*(entries[i] for i in kept))
+        return PartitionSpec(*kept.pop())
 
     return jax.tree_util.tree_map_with_path(of, abstract_state), whole
 
@@ -269,12 +279,9 @@ def _owner(path: str, shapes: Mapping[str, Any]) -> str | None:
     return "" if "" in shapes else None
 
 
-def _kept_dimensions(shape: tuple[int, ...], full: tuple[int, ...], path: str) -> list[int] | None:
-    """Which dimensions of `full` are left in `shape`, if there is only one way to say so."""
-    if len(shape) != len(full) - 1:
-        return None
-    ways = [[j for j in range(len(full)) if j != i] for i in range(len(full)) if full[:i] + full[i + 1 :] == shape]
-    return ways[0] if len(ways) == 1 else None
+def _kept_dimensions(shape: tuple[int, ...], full: tuple[int, ...]) -> list[list[int]]:
+    """Which dimensions of `full` are left in `shape` if one was summed: every way to say so."""
+    return [[j for j in range(len(full)) if j != i] for i in range(len(full)) if full[:i] + full[i + 1 :] == shape]
 
 
 def bytes_per_device(leaf: Any, entries: Sequence[Entry], mesh: MeshShape) -> int:
