@@ -39,6 +39,12 @@ VARIANTS = {
     "mixer",
 }
 """Another way to write a model that runs on every mesh; on those but two they are marked slow."""
+EXTRA = {
+    ("moe_one_hot", "data=2,expert=2,tensor=2"): "megatron",
+    ("moe_ragged", "fsdp=2,expert=4"): "fsdp",
+    ("llama_scanned", "data=2,context=2,tensor=2"): "megatron",
+}
+"""Meshes that only some models can use."""
 QUICK_FOR_VARIANTS = {"fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2"}
 
 
@@ -48,7 +54,9 @@ def cases():
             marks = [pytest.mark.xdist_group(name)]
             if name in VARIANTS and mesh not in QUICK_FOR_VARIANTS:
                 marks.append(pytest.mark.slow)
-            yield pytest.param(name, mesh, marks=marks, id=f"{name}-{mesh}")
+            yield pytest.param(name, mesh, MESHES[mesh], marks=marks, id=f"{name}-{mesh}")
+    for (name, mesh), preset in EXTRA.items():
+        yield pytest.param(name, mesh, preset, marks=pytest.mark.xdist_group(name), id=f"{name}-{mesh}")
 
 
 @functools.cache
@@ -61,11 +69,11 @@ def reference(name):
     return params, batch, float(loss), gradients, make_layout(traced, MeshShape())
 
 
-@pytest.mark.parametrize("name, mesh_name", list(cases()))
-def test_loss_and_gradients_equal_unsharded(name, mesh_name):
+@pytest.mark.parametrize("name, mesh_name, preset", list(cases()))
+def test_loss_and_gradients_equal_unsharded(name, mesh_name, preset):
     params, batch, loss, gradients, layout = reference(name)
     shape = MeshShape.parse(mesh_name)
-    layout = layout.on(shape, MESHES[mesh_name])
+    layout = layout.on(shape, preset)
     mesh = make_mesh(shape)
     placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, layout.specs("params"))
     pinned = layout.pin(mesh, REMAT.get(mesh_name, "none"))
