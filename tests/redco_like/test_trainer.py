@@ -27,6 +27,7 @@ from test_distributed import run_processes
 
 import redco_like as rl
 from redco_like import watch
+from redco_like.trainer import _tokens_per_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -89,6 +90,35 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, stop_after
     assert result.step == 10
     assert lines(second) == lines(whole)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole.params), jax.device_get(second.params))
+
+
+@pytest.mark.parametrize("told, rate_of", [(None, 7), (5, 5)])
+def test_rate_counts_tokens_of_integer_rows_or_as_told(deployer, told, rate_of):
+    class Memory:
+        def __init__(self):
+            self.lines, self.closed = {}, False
+
+        def write(self, step, values):
+            self.lines[step] = dict(values)
+
+        def close(self):
+            self.closed = True
+
+    def loss_fn(params, batch):
+        return (params["e"][batch["tokens"]] ** 2).mean()
+
+    memory = Memory()
+    trainer = rl.Trainer(
+        deployer, lambda rows: {"tokens": np.stack(rows)}, loss_fn, lambda rng: {"e": jax.random.normal(rng, (9,))},
+        optax.sgd(0.1), plan="data", writers=[memory],
+    )  # fmt: skip
+    rows = list(np.arange(16 * 7, dtype=np.int32).reshape(16, 7) % 9)
+    trainer.fit(rows, global_batch=8, log_every=1, tokens_per_example=told, checkpoint_every=None)
+    assert trainer.step == 2
+    assert sorted(memory.lines) == [1, 2]
+    assert memory.lines[2]["tokens_per_second"] > 0
+    assert memory.closed
+    assert _tokens_per_step(trainer.program.abstract_batch, told) == 8 * rate_of
 
 
 def test_short_run_logs_its_last_step(deployer):
@@ -434,9 +464,10 @@ def test_slow_work_is_announced_while_it_runs(caplog):
 
     with caplog.at_level("INFO"), watch.announced("compiling", logging.getLogger("test"), seconds_between=0.05):
         time.sleep(0.7)
-    assert caplog.messages[0] == "compiling ..."
-    assert "so far" in caplog.messages[1]
-    assert caplog.messages[-1].startswith("compiling took 0.")
+    said = [record.getMessage() for record in caplog.records if record.name == "test"]
+    assert said[0] == "compiling ..."
+    assert "so far" in said[1]
+    assert said[-1].startswith("compiling took 0.")
 
 
 def test_two_processes_train_evaluate_predict_and_stop_as_one(tmp_path):
