@@ -466,16 +466,17 @@ class Trainer:
                 ended = "a loss or gradient was not finite" if watch.stop else self._wish(request, done, run)
                 last = done == run.total or bool(ended)
                 evaluating = bool(run.eval_steps) and (done % run.eval_steps == 0 or last) and not ended
-                saving = run.store is not None and (last or (run.save_steps and done % run.save_steps == 0))
+                store = run.store if not ended else self._open_store()  # a run cut short is saved, asked for or not
+                saving = store is not None and (last or (run.save_steps and done % run.save_steps == 0))
                 if evaluating or saving:
                     watch.drain()
                 if evaluating and run.eval_examples is not None:
                     evaluation = self.evaluate(run.eval_examples)
                     log.evaluation(self.step, evaluation)
-                    saving = saving or (run.store is not None and self._best["best_metric"] is not None)
-                if saving and run.store is not None:
+                    saving = saving or (store is not None and self._best["best_metric"] is not None)
+                if saving and store is not None:
                     where = {"started_at": run.start, "loader": run.loader.state(done)}
-                    self._save(run.store, where, evaluation if evaluating and evaluation else {})
+                    self._save(store, where, evaluation if evaluating and evaluation else {})
                 if evaluating or saving:
                     log.pause(self.step)
                 if ended:
@@ -483,7 +484,9 @@ class Trainer:
         watch.drain()
         self.wait()
         if ended:
-            saved = "a checkpoint was saved" if run.store is not None else "no checkpoint was asked for"
+            saved = (
+                "no checkpoint was saved, as there is no workdir" if self.folder is None else "a checkpoint was saved"
+            )
             self._deployer.logger.warning("%s: stopped at step %d: %s; %s", self.name, self.step, ended, saved)
         return FitResult(self.step, watch.loss, watch.skipped, ended or "finished", evaluation)
 

@@ -378,6 +378,10 @@ def test_sigterm_saves_a_checkpoint_and_stops(tmp_path):
     assert result.ended == "signal SIGTERM"
     assert 0 < result.step < 10**7
     assert signal.getsignal(signal.SIGTERM) is former
+    other = fresh(tmp_path)
+    other.prepare(EXAMPLES, global_batch=8)
+    other.restore()
+    assert other.step == result.step
 
 
 def test_stop_file_saves_a_checkpoint_and_stops(tmp_path):
