@@ -348,25 +348,42 @@ class Pinner:
 
 
 def stretches(scope: Scope) -> list[int]:
-    """Positions in a jaxpr where at most one activation is alive that was not alive at an earlier such position."""
+    """Positions in a jaxpr to cut at: where at most one activation is alive that was not alive at an earlier cut.
+
+    Not inside a block: where an activation of an earlier cut (a residual) is waiting for its last use, after which
+    fewer are alive, the cut is put off until then.
+    """
     eqns = scope.jaxpr.eqns
     last_use = _last_uses(scope.jaxpr)
     alive: set[Var] = set()
+    counts: list[int] = []
+    for k in range(len(eqns)):
+        _step(scope, k, alive, last_use)
+        counts.append(len(alive))
+    counts.append(len(alive))
+    alive = set()
     saved: set[Var] = set()
     cuts: list[int] = []
     work = False
     for k, eqn in enumerate(eqns):
         work = work or eqn.primitive.name in {"dot_general", "conv_general_dilated"} or k in scope.children
-        alive |= {
-            v for v in eqn.outvars if scope.origin.get(v) == ACTIVATION and shape_of(v) and last_use.get(v, -1) > k
-        }
-        alive -= {v for v in alive if last_use.get(v, -1) <= k}
+        _step(scope, k, alive, last_use)
         new = alive - saved
-        if work and len(new) <= 1 and k + 1 < len(eqns) and alive:
-            cuts.append(k + 1)
-            saved |= new
-            work = False
+        if not work or len(new) > 1 or not alive or k + 1 == len(eqns):
+            continue
+        if any(counts[last_use[v]] < len(alive) for v in alive & saved):
+            continue
+        cuts.append(k + 1)
+        saved |= new
+        work = False
     return cuts
+
+
+def _step(scope: Scope, k: int, alive: set[Var], last_use: dict[Var, int]) -> None:
+    """Update the activations that are alive after equation `k`."""
+    eqn = scope.jaxpr.eqns[k]
+    alive |= {v for v in eqn.outvars if scope.origin.get(v) == ACTIVATION and shape_of(v) and last_use.get(v, -1) > k}
+    alive -= {v for v in alive if last_use.get(v, -1) <= k}
 
 
 def _last_uses(jaxpr: Jaxpr) -> dict[Var, int]:

@@ -49,12 +49,12 @@ PARAMS = specs_by_path(LAYOUT.traced.arg("params"), LAYOUT.specs("params"))
 
 
 def test_the_layout_splits_what_is_compared_below():
-    assert PARAMS == {
+    assert {
         "table": P("tensor", "fsdp"),
         "scale": P(),
         "mlp/up": P("fsdp", "tensor"),
         "mlp/down": P("tensor", "fsdp"),
-    }
+    } == PARAMS
 
 
 def test_adamw_moments_are_split_like_their_parameters():
