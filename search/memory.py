@@ -29,6 +29,13 @@ NOT_SAVED = frozenset(
 """Linear or cheap operations whose results no derivative needs, and calls, whose insides are counted instead."""
 
 
+SAVED_TWICE = frozenset(
+    """acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma div erf erf_inv erfc expm1 integer_pow lgamma log
+    log1p logistic pow rsqrt sin sinh sqrt square tan tanh""".split()
+)
+"""Operations whose derivative is a factor of its own (the cosine of a sine), saved beside the result."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StepBytes:
     """Bytes per device, by part (analytic)."""
@@ -78,7 +85,7 @@ def activation_bytes(layout: Layout, remat: str) -> int:
     block = 0
     for scope in layout.table.scope.walk():
         inside = scope.trips > 1 and remat != "none"
-        everything = sum(_bytes(layout, scope, var) for var in _needed(scope))
+        everything = sum(_bytes(layout, scope, var) * times for var, times in _needed(scope))
         if not inside:
             saved += everything * scope.trips
             continue
@@ -94,9 +101,10 @@ def activation_bytes(layout: Layout, remat: str) -> int:
     return saved + block
 
 
-def _needed(scope: Scope) -> list[Any]:
+def _needed(scope: Scope) -> list[tuple[Any, int]]:
+    """Results that a backward pass may need, and how many arrays of their size."""
     return [
-        var
+        (var, 2 if eqn.primitive.name in SAVED_TWICE else 1)
         for eqn in scope.jaxpr.eqns
         if eqn.primitive.name not in NOT_SAVED
         for var in eqn.outvars

@@ -11,10 +11,11 @@ import json
 import pathlib
 from typing import Any, Literal, get_args
 
-from sharding_rules import MeshShape
+from sharding_rules import AXES, MeshShape
 
 PLAN_VERSION = 1
 Remat = Literal["none", "dots", "full"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 Rule = tuple[str, tuple[Any, ...]]
 """A path pattern and the mesh axes of each dimension, such as `("blocks/.*/kernel", ("fsdp", "tensor"))`."""
 
@@ -50,7 +51,10 @@ class Plan:
             raise ValueError(f"remat={self.remat!r}; one of {', '.join(get_args(Remat))}")
         if not isinstance(self.microbatches, int) or self.microbatches < 1:
             raise ValueError(f"microbatches={self.microbatches!r}; a whole number from 1 up")
-        object.__setattr__(self, "rules", tuple((pattern, _axes(spec)) for pattern, spec in self.rules))
+        for name in ("param_dtype", "compute_dtype", "accum_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name}={getattr(self, name)!r}; one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "rules", tuple(_rule(rule) for rule in self.rules))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -78,6 +82,9 @@ class Plan:
             raise ValueError(f"the plan has unknown fields {unknown}; known: {sorted(known)}")
         if not isinstance(record.get("mesh"), dict):
             raise ValueError("the plan names no mesh")
+        foreign = sorted(set(record["mesh"]) - set(AXES))
+        if foreign:
+            raise ValueError(f"the plan's mesh has an unknown mesh axis {foreign[0]!r} (axes: {', '.join(AXES)})")
         return cls(**{**record, "mesh": MeshShape(**record["mesh"])})
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -99,6 +106,13 @@ class Plan:
         }
 
 
-def _axes(spec: Any) -> tuple[Any, ...]:
-    """Make a rule's spec plain data: a tuple with None, a mesh axis or a tuple of mesh axes per dimension."""
-    return tuple(tuple(entry) if isinstance(entry, list | tuple) else entry for entry in spec)
+def _rule(rule: Any) -> Rule:
+    """Make a rule plain data: a pattern, and per dimension None, a mesh axis or a tuple of mesh axes."""
+    if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
+        raise ValueError(f"rules are pairs of a path pattern and a spec, not {rule!r}")
+    pattern, spec = rule
+    entries = tuple(tuple(entry) if isinstance(entry, list | tuple) else entry for entry in spec)
+    for entry in entries:
+        if not all(isinstance(axis, str) for axis in (entry if isinstance(entry, tuple) else (entry or "",))):
+            raise ValueError(f"rules: {pattern!r} has {entry!r} for a dimension; None, a mesh axis or a tuple of them")
+    return pattern, entries

@@ -71,7 +71,8 @@ class MeshShape:
         """Read `"data=2,tensor=4"`.
 
         Raises:
-            ValueError: an unknown axis (the nearest name is given), or a size that is not a whole number.
+            ValueError: an unknown axis (the nearest name is given), an axis twice, or a size that is not a whole
+                number.
         """
         import difflib
 
@@ -83,6 +84,8 @@ class MeshShape:
                 raise ValueError(
                     f"unknown mesh axis {name!r} in {text!r}; did you mean {near!r}? (axes: {', '.join(AXES)})"
                 )
+            if name in sizes:
+                raise ValueError(f"mesh axis {name!r} twice in {text!r}")
             if not size.isdigit() or int(size) < 1:
                 raise ValueError(f"mesh axis {part!r} in {text!r}: write it as {name}=N with N at least 1")
             sizes[name] = int(size)
