@@ -219,6 +219,10 @@ def _megatron(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dic
             notes.append(f"{row.name} ({row.size}) is not split: tensor={mesh.tensor} does not divide it")
         else:
             raise indivisible(table, rows, row, (TENSOR,), mesh, params=params)
+    taken = set(chosen)
+    for row, (path, others) in graph.twice.items():
+        if not others & taken:
+            notes.append(f"{row.name} ({row.size}) is not split: parameter {path!r} has it on two dimensions")
     return {"compute": {row.name: (TENSOR,) for row in chosen}, "notes": notes}
 
 
@@ -324,7 +328,8 @@ class _Conflicts:
         self.rows = rows
         pairs: set[frozenset[Row]] = set()
         size: Counter[Row] = Counter()
-        for dims in table.inputs(params):
+        twice: dict[Row, tuple[str, set[Row]]] = {}
+        for path, dims in zip(table.paths(params), table.inputs(params), strict=True):
             per_dim = [{r for axis in _with_segments(dim) if (r := rows.of(axis))} for dim in dims]
             elements = 1
             for dim in dims:
@@ -333,6 +338,8 @@ class _Conflicts:
                 for row in here:
                     size[row] += elements
                 for there in per_dim[i + 1 :]:
+                    for row in here & there:
+                        twice.setdefault(row, (path, set().union(*per_dim)))
                     pairs |= {frozenset((a, b)) for a in here for b in there}
         has_keys = any(row.role == "kv_heads" for row in rows.rows)
         skip = (
@@ -346,6 +353,7 @@ class _Conflicts:
             for row in size
             if row.role not in skip and frozenset((row,)) not in pairs and (row in weighty or row.role == "vocab")
         ]
+        self.twice = {row: found for row, found in twice.items() if row.role not in skip and row in weighty}
         index = {row: 1 << i for i, row in enumerate(self.candidates)}
         self.index = index
         self.conflict = {

@@ -12,6 +12,7 @@ import jax
 
 from sharding_rules.axes import leaves, size_of
 from sharding_rules.partition import bytes_per_device
+from sharding_rules.roles import NEVER_SPLIT, Row, spread
 
 if TYPE_CHECKING:
     from sharding_rules.layout import Layout
@@ -24,20 +25,16 @@ def explain(layout: Layout) -> str:
 
     rows = [("axis", "size", "count", "split over", "found in")]
     where = _where(layout)
+    axes_of: dict[tuple[str, int, str, str], int] = {}
     for row in layout.rows.rows:
-        if row.role in {"segment", "fused", "window"}:
-            continue
         axes = [a for a in assignment.compute.get(row.name, ()) if mesh.sizes[a] > 1]
-        spill = [f"{a} between blocks" for a in assignment.spill.get(row.name, ()) if mesh.sizes[a] > 1]
-        rows.append(
-            (
-                row.name,
-                str(row.size),
-                str(len(row.axes)),
-                " x ".join(axes + spill) or "-",
-                where.get(row.name, "activations"),
-            )
-        )
+        axes += [f"{a} between blocks" for a in assignment.spill.get(row.name, ()) if mesh.sizes[a] > 1]
+        # What only intermediate results have matters where it is split.
+        if row.role in {"segment", "fused", "window"} or not (axes or row.name in where):
+            continue
+        key = (_row_name(row), row.size, " x ".join(axes) or "-", where.get(row.name, "activations"))
+        axes_of[key] = axes_of.get(key, 0) + len(row.axes)
+    rows += [(name, str(size), str(count), axes, found) for (name, size, axes, found), count in axes_of.items()]
     text += [*_columns(rows), ""]
 
     lines: dict[tuple, list[int]] = {}
@@ -77,12 +74,15 @@ def explain(layout: Layout) -> str:
     text += [*_columns(table), f"parameters: {format_bytes(total)} per device", ""]
 
     if whole:
-        text.append(f"whole on every device: {format_bytes(sum(size for _, size in whole.values()))} of them")
+        text.append(f"whole on every device: {format_bytes(sum(size for _, size in whole.values()))}")
         by_reason: dict[str, list[str]] = {}
         for (generic, reason), (count, size) in whole.items():
             number = f" ({count})" if count > 1 else ""
             by_reason.setdefault(reason, []).append(f"{generic}{number} {format_bytes(size)}")
-        text += [f"  {', '.join(items)}: {reason}" for reason, items in by_reason.items()] + [""]
+        for reason, items in by_reason.items():
+            more = [f"{len(items) - 4} more"] if len(items) > 5 else []
+            text.append(f"  {', '.join([*(items[:4] if more else items), *more])}: {reason}")
+        text.append("")
     if moved:
         text.append("split across a concatenation (each use moves up to these bytes per device):")
         text += [f"  {path}: {format_bytes(size)}" for path, size in moved.items()] + [""]
@@ -90,7 +90,10 @@ def explain(layout: Layout) -> str:
         text += ["left whole by the preset:", *(f"  {note}" for note in assignment.notes), ""]
     if layout.table.unknown:
         listed = ", ".join(f"{name} x{count}" for name, count in layout.table.unknown.items())
-        text += [f"primitives without a rule, whose results got axes of their own: {listed}", ""]
+        text += [
+            f"primitives without a rule for how they are used; their results got axes of their own: {listed}",
+            "",
+        ]
     if layout.table.notes:
         text += ["not aligned:", *(f"  {note}" for note in dict.fromkeys(layout.table.notes)), ""]
     return "\n".join(text).rstrip()
@@ -102,24 +105,30 @@ def _where(layout: Layout) -> dict[str, str]:
     for name in (layout.params, *(n for n in layout.traced.names if n != layout.params)):
         for dims in layout.table.inputs(name):
             for dim in dims:
-                for axis in leaves(dim):
+                for axis in spread(dim):
                     row = layout.rows.of(axis)
                     if row is not None:
                         found.setdefault(row.name, set()).add(name)
     return {row: ", ".join(sorted(names)) for row, names in found.items()}
 
 
+def _row_name(row: Row) -> str:
+    """A row's name; the role alone where no plan tells its rows apart."""
+    return row.role if row.role in NEVER_SPLIT else row.name
+
+
 def _dim_name(layout: Layout, dim: tuple) -> str:
-    """`kv_heads*groups*head_dim` for a dimension of three axes, `[mlp|mlp]` for a concatenation."""
+    """`kv_heads*groups*head_dim` for a dimension of three axes, `[2 mlp]` or `[q|k]` for a concatenation."""
     if not dim:
         return "1"
     names = []
     for axis in leaves(dim):
         row = layout.rows.of(axis)
         if axis.segments is not None and (row is None or row.role == "fused"):
-            names.append("[" + "|".join(_dim_name(layout, segment) for segment in axis.segments) + "]")
+            parts = [_dim_name(layout, segment) for segment in axis.segments]
+            names.append(f"[{len(parts)} {parts[0]}]" if len(set(parts)) == 1 else f"[{'|'.join(parts)}]")
         else:
-            names.append(row.name if row else str(axis.size))
+            names.append(_row_name(row) if row else str(axis.size))
     return "*".join(names)
 
 

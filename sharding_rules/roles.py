@@ -83,7 +83,7 @@ def find_roles(table: AxisTable, *, params: str = "params", batch: str = "batch"
     in_batch = _axes(batch_dims)
     marks: dict[str, dict[Axis, None]] = defaultdict(dict)
     for mark in table.marks:
-        for axis in _spread(mark.dim):
+        for axis in spread(mark.dim):
             marks[mark.kind][axis] = None
     roles: dict[Axis, str] = {}
 
@@ -114,7 +114,7 @@ def find_roles(table: AxisTable, *, params: str = "params", batch: str = "batch"
     name((a for a in in_batch if a in marks["time"]), "length")
     name(in_batch, "length")
     name((a for a in _activation_axes(table) if a not in in_params), "length")
-    name((a for axis in list(roles) for a in _spread((axis,))), "segment")
+    name((a for axis in list(roles) for a in spread((axis,))), "segment")
     return roles
 
 
@@ -123,7 +123,7 @@ def weight_axes(table: AxisTable) -> Counter[Axis]:
     count: Counter[Axis] = Counter()
     for c in table.contractions:
         if c.weight is not None:
-            count.update({a for dim in c.weight for a in _spread(dim)})
+            count.update({a for dim in c.weight for a in spread(dim)})
     return count
 
 
@@ -153,7 +153,7 @@ def _name_attention(
         groups |= {a: None for a in shared if weighty[a] < most}
         free = {a: None for dim in c.out[len(c.batch) :] for a in leaves(dim) if a in weighty and a not in roles}
         groups |= free
-        name((a for dim in c.contracted for a in _spread(dim) if a in weighty), "head_dim")
+        name((a for dim in c.contracted for a in spread(dim) if a in weighty), "head_dim")
     groups = {a: None for a in groups if a not in keys and a not in roles}
     if not keys and not groups:
         return
@@ -161,7 +161,7 @@ def _name_attention(
     name(groups, "groups" if keys else "heads")
     for c in values:
         if any(a in keys or a in groups for dim in (*c.batch, *c.out) for a in leaves(dim)):
-            name((a for dim in c.out for a in _spread(dim) if a in weighty and a not in roles), "head_dim")
+            name((a for dim in c.out for a in spread(dim) if a in weighty and a not in roles), "head_dim")
 
 
 def _name_hidden(
@@ -178,8 +178,8 @@ def _name_hidden(
     for c in table.contractions:
         if c.weight is None:
             continue
-        ins = {a for dim in c.contracted for a in _spread(dim)}
-        outs = {a for dim in c.weight for a in _spread(dim)} - ins - {a for dim in c.batch for a in _spread(dim)}
+        ins = {a for dim in c.contracted for a in spread(dim)}
+        outs = {a for dim in c.weight for a in spread(dim)} - ins - {a for dim in c.batch for a in spread(dim)}
         used |= dict.fromkeys(ins)
         made |= dict.fromkeys(outs)
         pairs |= {(a, b) for a in ins for b in outs}
@@ -189,7 +189,7 @@ def _name_hidden(
     count: Counter[Axis] = Counter()
     touching: set[Axis] = set()
     for dims in param_dims:
-        axes = {a for dim in dims for a in _spread(dim)}
+        axes = {a for dim in dims for a in spread(dim)}
         count.update(axes)
         if axes & anchors:
             touching |= {a for a in axes if roles.get(a) is None}
@@ -243,19 +243,20 @@ def _number(keys: Mapping[Axis, Hashable]) -> dict[Axis, int]:
 
 def _axes(arrays: Iterable[Sequence[Dim]]) -> dict[Axis, None]:
     """Axes of arrays, segments of concatenations included, in order."""
-    return {axis: None for dims in arrays for dim in dims for axis in _spread(dim)}
+    return {axis: None for dims in arrays for dim in dims for axis in spread(dim)}
 
 
-def _spread(dim: Sequence[Axis]) -> Iterable[Axis]:
+def spread(dim: Sequence[Axis]) -> Iterable[Axis]:
+    """The axes of a dimension, and those of the segments of its concatenations."""
     for axis in leaves(dim):
         if axis.size > 1:
             yield axis
         for segment in axis.segments or ():
-            yield from _spread(segment)
+            yield from spread(segment)
 
 
 def _contracted(table: AxisTable) -> set[Axis]:
-    return {a for c in table.contractions for dim in c.contracted for a in _spread(dim)}
+    return {a for c in table.contractions for dim in c.contracted for a in spread(dim)}
 
 
 def _is_table(axis: Axis, param_dims: list[tuple[Dim, ...]]) -> bool:
