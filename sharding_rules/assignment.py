@@ -16,6 +16,7 @@ A preset is parts joined by `+`, each a small function that adds to the table:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,14 @@ class Assignment:
         for axis in axes:
             ways *= self.mesh.sizes[axis]
         return ways
+
+    def role(self, axis: Axis) -> str | None:
+        row = self.rows.of(axis)
+        return row.role if row else None
+
+    def beyond_keys(self, axis: Axis, ways: int) -> bool:
+        """Whether a split into `ways` takes all heads of the keys and goes on in the groups of queries at each."""
+        return ways > axis.size and ways % axis.size == 0 and self.role(axis) == "kv_heads"
 
 
 def assign(
@@ -204,16 +213,25 @@ def _megatron(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dic
     if mesh.tensor == 1:
         return {}
     graph = _Conflicts(table, rows, params)
+
+    def divides(row: Row) -> bool:
+        return row.size % mesh.tensor == 0 or _within_groups(table, rows, row, mesh.tensor, params)
+
     best = graph.cover(lambda row: True)
     # An indivisible vocabulary must not turn the rest around: what it alone would split is left out of the choice, and
     # only then covered by whatever else fits.
-    dropped = [row for row in best if row.size % mesh.tensor and row.role in CHEAP_TO_REPLICATE]
-    chosen = graph.cover(lambda row: row.size % mesh.tensor == 0, without=dropped)
+    dropped = [row for row in best if not divides(row) and row.role in CHEAP_TO_REPLICATE]
+    chosen = graph.cover(divides, without=dropped)
     if dropped:
-        chosen = graph.cover(lambda row: row.size % mesh.tensor == 0, given=chosen)
+        chosen = graph.cover(divides, given=chosen)
     notes = []
     for row in graph.candidates:
-        if row.size % mesh.tensor == 0 or row not in best:
+        if row in chosen and row.size % mesh.tensor:
+            notes.append(
+                f"keys and values are whole on all devices of tensor={mesh.tensor}, which is more than their "
+                f"{row.size} heads ({row.name}): each computes all of them, and the compiler moves queries to them"
+            )
+        if divides(row) or row not in best:
             continue
         if row.role in CHEAP_TO_REPLICATE or graph.covers(chosen, row):
             notes.append(f"{row.name} ({row.size}) is not split: tensor={mesh.tensor} does not divide it")
@@ -224,6 +242,19 @@ def _megatron(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dic
         if not others & taken:
             notes.append(f"{row.name} ({row.size}) is not split: parameter {path!r} has it on two dimensions")
     return {"compute": {row.name: (TENSOR,) for row in chosen}, "notes": notes}
+
+
+def _within_groups(table: AxisTable, rows: Rows, row: Row, ways: int, params: str) -> bool:
+    """Whether more ways than there are heads of keys can split the queries, inside the groups that share a key."""
+    if row.role != "kv_heads" or ways % row.size:
+        return False
+    for dims in table.inputs(params):
+        for dim in dims:
+            for axis, after in itertools.pairwise(_with_segments(dim)):
+                group = rows.of(after)
+                if rows.of(axis) is row and group and group.role == "groups" and after.size % (ways // row.size) == 0:
+                    return True
+    return False
 
 
 def _sequence(table: AxisTable, rows: Rows, mesh: MeshShape, params: str) -> dict:

@@ -95,11 +95,15 @@ def array_spec(assignment: Assignment, dims: Sequence[Dim], *, spill: bool = Fal
                         f"dimension {used[name][0]} ({used[name][1]})"
                     )
                 continue
-            if size_of(resolved[i]) % (have * assignment.ways((*take, name))) == 0 and _fits(
-                axis, assignment, (*take, name)
+            names = (*take, name)
+            if size_of(resolved[i]) % (have * assignment.ways(names)) == 0 and _fits(
+                assignment, resolved[i], axis, names
             ):
                 take.append(name)
             else:
+                if assignment.beyond_keys(axis, assignment.ways(names)):
+                    # Queries are split within the groups of a key: no mesh axis says so where the two are apart.
+                    misaligned |= {i, *_dimensions_of_role(assignment, resolved, "groups")}
                 reasons.append(
                     f"dimension {i} ({row}, {axis.size}) stays whole: "
                     f"{name}={assignment.mesh.sizes[name]} does not divide it"
@@ -133,13 +137,20 @@ def _row(assignment: Assignment, axis: Axis) -> str | None:
     return min(name for name in inner if name) if len(targets) == 1 and None not in inner and inner else None
 
 
-def _fits(axis: Axis, assignment: Assignment, names: Sequence[str]) -> bool:
+def _fits(assignment: Assignment, dim: Dim, axis: Axis, names: Sequence[str]) -> bool:
+    """Whether mesh axes divide an axis, each segment of a concatenation, or keys with the groups after them."""
     ways = assignment.ways(names)
-    if axis.segments is None:
-        return axis.size % ways == 0
-    return axis.size % ways == 0 and all(
-        size_of(segment) % ways == 0 for segment in axis.segments if size_of(segment) > 1
-    )
+    if axis.segments is not None:
+        sizes = [size_of(segment) for segment in axis.segments]
+        return axis.size % ways == 0 and all(size % ways == 0 for size in sizes if size > 1)
+    after = dim[dim.index(axis) + 1 :]
+    if assignment.beyond_keys(axis, ways) and after and assignment.role(after[0]) == "groups":
+        return after[0].size % (ways // axis.size) == 0
+    return axis.size % ways == 0
+
+
+def _dimensions_of_role(assignment: Assignment, dims: Sequence[Dim], role: str) -> set[int]:
+    return {i for i, dim in enumerate(dims) if any(assignment.role(axis) == role for axis in dim)}
 
 
 def param_shares(assignment: Assignment, path: str, dims: Sequence[Dim]) -> tuple[Shares, Shares]:
