@@ -33,6 +33,7 @@ class Accelerator:
         switch_reduce_bytes_per_second: all-reduce bytes per second where the switch adds up (NVLink SHARP).
         nic_bytes_per_second: raw bandwidth per device out of its node or slice.
         launch_seconds: of starting one collective.
+        nic_launch_seconds: more of it where the collective leaves the node or slice.
         ramp: weight of the square-root term of `search.collectives` (1 for NCCL, 0 for TPUs).
         name_counts: what a number after a TPU's name counts.
         torus_dims: the largest torus, in chips.
@@ -57,6 +58,7 @@ class Accelerator:
     nic_bytes_per_second: float = 0.0
     nic_efficiency: float = 1.0
     nic_latency_seconds: float = 0.0
+    nic_launch_seconds: float = 0.0
     launch_seconds: float = 0.0
     ramp: float = 0.0
     devices_per_node: int = 1

@@ -50,6 +50,7 @@ class Tier:
         latency_seconds: of one hop.
         links: "switch" or "mesh" (an equal share of the bandwidth to each other member).
         reduce_bytes_per_second: all-reduce bytes per second where the switch adds up; 0 where it does not.
+        launch_seconds: that a collective through this tier takes to start, besides the accelerator's.
     """
 
     name: str
@@ -58,12 +59,14 @@ class Tier:
     latency_seconds: float = 0.0
     links: Links = "switch"
     reduce_bytes_per_second: float = 0.0
+    launch_seconds: float = 0.0
 
     def __post_init__(self):
         whole(self.devices, f"tier {self.name!r}: devices")
         positive(self.bytes_per_second, f"tier {self.name!r}: bytes_per_second")
         not_negative(self.latency_seconds, f"tier {self.name!r}: latency_seconds")
         not_negative(self.reduce_bytes_per_second, f"tier {self.name!r}: reduce_bytes_per_second")
+        not_negative(self.launch_seconds, f"tier {self.name!r}: launch_seconds")
         if self.links not in get_args(Links):
             raise ValueError(f"tier {self.name!r}: links={self.links!r}; one of {', '.join(get_args(Links))}")
 
@@ -289,7 +292,13 @@ def _network(accelerator: Accelerator, devices: int) -> Tier:
     if not accelerator.nic_bytes_per_second:
         raise ValueError(f"accelerator {accelerator.name} has no nic_bytes_per_second to join nodes with")
     bandwidth = accelerator.nic_bytes_per_second * accelerator.nic_efficiency
-    return Tier("network", devices, bandwidth, accelerator.nic_latency_seconds)
+    return Tier(
+        "network",
+        devices,
+        bandwidth,
+        accelerator.nic_latency_seconds,
+        launch_seconds=accelerator.nic_launch_seconds,
+    )
 
 
 def _tpu(accelerator: Accelerator, name: str) -> Accelerator:
