@@ -112,7 +112,10 @@ def array_spec(assignment: Assignment, dims: Sequence[Dim], *, spill: bool = Fal
         if not take:
             continue
         before = resolved[i][: resolved[i].index(axis)]
-        aligned = axis.segments is None and math.prod(a.size for a in before) == have
+        # Examples that are put together (chosen and rejected ones) or taken apart are split as they lie: what moves are
+        # the parts, once, where each product would be repeated on every device otherwise.
+        cut = axis.segments is not None and assignment.rows[row].role != "batch"
+        aligned = not cut and math.prod(a.size for a in before) == have
         if not aligned:
             if not at_rest or entries[i]:
                 misaligned.add(i)

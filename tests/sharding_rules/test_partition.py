@@ -206,6 +206,22 @@ def test_one_mesh_axis_splits_one_dimension_and_says_so():
     assert shares.reasons == ("dimension 2 (length) stays whole: context already splits dimension 1 (length)",)
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_examples_put_together_or_taken_apart_are_split(joined):
+    # A preference loss: chosen and rejected examples go through the model together.
+    def loss(params, batch):
+        x = jnp.concatenate([batch["c"], batch["r"]]) if joined else batch["x"]
+        good, bad = jnp.split((jnp.tanh(x @ params["u"]) @ params["v"]).mean(1), 2)
+        return -jax.nn.log_sigmoid(good - bad).mean()
+
+    batch = {"c": f32(8, 6), "r": f32(8, 6)} if joined else {"x": f32(16, 6)}
+    traced = trace(loss, {"u": f32(6, 12), "v": f32(12, 6)}, batch, names=("params", "batch"))
+    layout = make_layout(traced, MeshShape(data=4, tensor=2), "megatron")
+    assert set(jax.tree.leaves(layout.specs("batch"), **IS_SPEC)) == {P("data")}
+    product = layout.table.contractions[0]
+    assert array_spec(layout.assignment, product.out).spec == P("data", "tensor")
+
+
 # Bytes.
 
 
