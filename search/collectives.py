@@ -340,8 +340,8 @@ def _tree(group: _Group, volume: Floats, *, switch: bool) -> tuple[Floats, Float
         adds = switch and stage.level.reduce > 0
         steps = 1.0 if adds else np.ceil(np.log2(np.maximum(stage.members, 1)) - 1e-9)
         hops = hops + np.where(active, 2 * steps * stage.level.latency, 0.0)
-        seconds_per_byte = 1 / stage.level.reduce if adds else 2 / (stage.inside * stage.bandwidth)
-        wire = np.maximum(wire, np.where(active, seconds_per_byte, 0.0))
+        bandwidth = np.where(active, stage.inside * stage.bandwidth, np.inf)
+        wire = np.maximum(wire, np.where(active, 1 / stage.level.reduce, 0.0) if adds else 2 / bandwidth)
     return hops, volume * wire
 
 
