@@ -92,7 +92,7 @@ class Accelerator:
         float16 stands in for a missing bfloat16 and the other way round. A float32 product runs at `float32`, else, on
         TPUs, in six bfloat16 passes (`jax.lax.Precision.HIGHEST`).
 
-        >>> parse_cluster("8xH100").accelerator.flops("bfloat16")
+        >>> find_accelerator("H100").flops("bfloat16")
         989400000000000.0
 
         Raises:
