@@ -1,6 +1,7 @@
 """The step: sums over the global batch, whatever the mesh and the microbatches; a bad step never enters the state."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from small_models import (
 )
 
 from pipelines import build_train_program
-from pipelines.train import cast_floats, check_rows, join_trainable, split_trainable
+from pipelines import train as train_module
+from pipelines.train import cast_floats, check_rows, join_trainable, split_trainable, update_if
 from search import Plan
 from sharding_rules import MeshShape, make_mesh
 
@@ -47,6 +49,10 @@ def train(program, steps=3, *, state=None, seed=0):
         state, metrics = program.step(state, jax.device_put(make_batch(ROWS, seed + i), program.batch_shardings))
         history.append(jax.device_get(metrics))
     return state, history
+
+
+def update_if_called(*args, branch, **_):
+    return update_if(*args, branch=branch)
 
 
 def assert_close(a, b, rtol=F32_SHARDED, atol=1e-6):
@@ -225,8 +231,11 @@ def test_rate_under_multi_steps_follows_its_gradient_step():
     np.testing.assert_allclose([m["learning_rate"] for m in history], [1.0, 1.0, 0.9, 0.9], rtol=1e-6)
 
 
+@pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("shape", [ONE, FSDP8], ids=str)
-def test_non_finite_step_leaves_the_state_as_it_was(shape):
+def test_non_finite_step_leaves_the_state_as_it_was(shape, branch, monkeypatch):
+    # CPUs branch, accelerators select; both must do.
+    monkeypatch.setattr(train_module, "update_if", functools.partial(update_if_called, branch=branch))
     program = build(shape, optimizer=optax.adam(1e-2), microbatches=2)
     state, _ = train(program, 2)
     before = jax.device_get(dataclasses.replace(state, rng=None))
@@ -239,6 +248,31 @@ def test_non_finite_step_leaves_the_state_as_it_was(shape):
     assert program.nonfinite_paths(state, bad) == {"gradients": ["v", "w"], "params": [], "batch": ["x"]}
     _, history = train(program, 1, state=state)
     assert np.isfinite(history[0]["loss"])
+
+
+def test_check_for_finite_numbers_costs_no_copy_of_the_optimizer_state():
+    width = 512
+
+    def init_fn(rng):
+        return {"w": jax.random.normal(rng, (width, width))}
+
+    def loss_fn(params, batch):
+        return ((batch["x"] @ params["w"]) ** 2).mean()
+
+    batch = {"x": np.zeros((8, width), np.float32)}
+    program = build(loss_fn=loss_fn, init_fn=init_fn, optimizer=optax.adam(1e-3), batch=batch)
+    params_bytes = 4 * width**2
+    assert program.compiled_bytes_per_device < 4.2 * params_bytes  # parameters, two moments, gradient
+
+
+def test_state_keeps_its_dtypes_whatever_the_optimizer_returns():
+    def widening(updates, state, params=None):
+        return updates, jax.tree.map(lambda x: x.astype(jnp.float32) + 1, state)
+
+    optimizer = optax.GradientTransformation(lambda params: {"n": jnp.zeros((), jnp.bfloat16)}, widening)
+    state, _ = train(build(optimizer=optimizer), 2)
+    assert state.opt_state["n"].dtype == jnp.bfloat16
+    assert state.opt_state["n"] == 2
 
 
 def test_compute_dtype_casts_floats_and_nothing_else():
