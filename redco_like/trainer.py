@@ -408,7 +408,7 @@ class Trainer:
             self.name, plan.preset, plan.mesh, plan.microbatches, plan.remat, plan.param_dtype, plan.compute_dtype,
             f" ({plan.reason})" if plan.reason else "",
         )  # fmt: skip
-        logger.info("%s", program.layout.explain())
+        logger.info("%s", program.layout.explain(program.abstract_state.opt_state))
         if self.folder is not None and self._deployer.is_first:
             plan.save(self.folder / "plan.json")
         return program

@@ -1,7 +1,31 @@
 """Which plan is fastest and fits. No device needed."""
 
+from search.accelerators import Accelerator, find_accelerator
 from search.auto import auto_plan
+from search.cluster import Cluster, parse_cluster
+from search.collectives import collective_seconds
+from search.mapping import order_axes, order_nodes
 from search.memory import StepBytes, activation_bytes, step_bytes
 from search.plan import Plan
+from search.schedules import Schedule, make_schedule, simulate
+from search.stages import cut_layers, cut_pipeline
 
-__all__ = ["Plan", "StepBytes", "activation_bytes", "auto_plan", "step_bytes"]
+__all__ = [
+    "Accelerator",
+    "Cluster",
+    "Plan",
+    "Schedule",
+    "StepBytes",
+    "activation_bytes",
+    "auto_plan",
+    "collective_seconds",
+    "cut_layers",
+    "cut_pipeline",
+    "find_accelerator",
+    "make_schedule",
+    "order_axes",
+    "order_nodes",
+    "parse_cluster",
+    "simulate",
+    "step_bytes",
+]

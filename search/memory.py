@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sharding_rules import Layout
 from sharding_rules.axes import BATCH, PARAM, Scope, loop_parts, shape_of
-from sharding_rules.partition import array_spec
+from sharding_rules.partition import array_spec, tree_bytes
 
 NOT_SAVED = frozenset(
     """add add_any sub neg broadcast_in_dim reshape transpose squeeze expand_dims convert_element_type slice split
@@ -68,11 +68,7 @@ def step_bytes(
         jax.tree.leaves(layout.traced.arg(layout.params)), layout.param_shares.values(), strict=True
     ):
         elements += math.prod(leaf.shape) // layout.assignment.ways([a for entry in rest.entries for a in entry])
-    specs = jax.tree.leaves(layout.state_specs(abstract_opt_state), is_leaf=lambda x: isinstance(x, jax.P))
-    optimizer = 0
-    for leaf, spec in zip(jax.tree.leaves(abstract_opt_state), specs, strict=True):
-        axes = [a for e in spec if e is not None for a in ((e,) if isinstance(e, str) else e)]
-        optimizer += math.prod(leaf.shape) // layout.assignment.ways(axes) * leaf.dtype.itemsize
+    optimizer = tree_bytes(abstract_opt_state, layout.state_specs(abstract_opt_state), layout.mesh_shape)
     activations = activation_bytes(layout, remat) // microbatches
     return StepBytes(elements * width, elements * max(width, 4), optimizer, activations)
 

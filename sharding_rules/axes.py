@@ -472,8 +472,10 @@ def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "
     scope = Scope(traced.jaxpr.jaxpr)
     origins: list[int] = []
     for name, arg in zip(traced.names, traced.args, strict=True):
-        bit = PARAM if name == params else BATCH if name == batch else 0
-        origins += [bit] * len(jax.tree.leaves(arg))
+        for leaf in jax.tree.leaves(arg):
+            # What is drawn for a step (noise, time steps, dropout) goes with the examples, not with the weights.
+            drawn = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            origins.append(PARAM if name == params else BATCH if name == batch or drawn else 0)
     dims = [inference.fresh(shape_of(var)) for var in scope.jaxpr.invars]
     inference.run(scope, dims, origins)
     return AxisTable(traced, scope, inference.contractions, inference.marks, inference.unknown, inference.notes)

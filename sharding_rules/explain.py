@@ -6,19 +6,19 @@ print(layout.explain())
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from sharding_rules.axes import leaves, size_of
-from sharding_rules.partition import bytes_per_device
+from sharding_rules.partition import bytes_per_device, state_specs, tree_bytes
 from sharding_rules.roles import NEVER_SPLIT, Row, spread
 
 if TYPE_CHECKING:
     from sharding_rules.layout import Layout
 
 
-def explain(layout: Layout) -> str:
+def explain(layout: Layout, abstract_opt_state: Any = None) -> str:
     """Write a layout as text. Repeated layers are one line, with their number."""
     mesh, assignment = layout.mesh_shape, layout.assignment
     text = [f"mesh {mesh} ({mesh.size} device{'s' if mesh.size > 1 else ''})", ""]
@@ -71,7 +71,14 @@ def explain(layout: Layout) -> str:
                 format_bytes(size),
             )
         )
-    text += [*_columns(table), f"parameters: {format_bytes(total)} per device", ""]
+    text += [*_columns(table), f"parameters: {format_bytes(total)} per device"]
+    left: list[str] = []
+    if abstract_opt_state is not None:
+        specs, left = state_specs(abstract_opt_state, layout.traced.arg(layout.params), layout.specs(layout.params))
+        text.append(f"optimizer state: {format_bytes(tree_bytes(abstract_opt_state, specs, mesh))} per device")
+    text.append("")
+    if left:
+        text += ["whole in the optimizer's state:", *(f"  {item}" for item in left), ""]
 
     if whole:
         text.append(f"whole on every device: {format_bytes(sum(size for _, size in whole.values()))}")

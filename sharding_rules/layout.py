@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from sharding_rules.assignment import Assignment, assign
 from sharding_rules.assignment import preset as preset_assignment
 from sharding_rules.axes import AxisTable, infer_axes, size_of
 from sharding_rules.mesh import MeshShape
-from sharding_rules.partition import Shares, array_spec, bytes_per_device, override, param_shares, state_specs
+from sharding_rules.partition import Shares, array_spec, override, param_shares, state_specs, tree_bytes
 from sharding_rules.pin import POLICIES, Pinner
 from sharding_rules.roles import Rows, find_rows
 from sharding_rules.trace import TracedFunction
@@ -112,19 +112,13 @@ class Layout:
 
     def bytes_per_device(self, name: str) -> int:
         """Bytes of one argument on one device, at rest."""
-        leaves = jax.tree.leaves(self.traced.arg(name))
-        specs = jax.tree.leaves(self.specs(name), is_leaf=lambda x: isinstance(x, PartitionSpec))
-        total = 0
-        for leaf, spec in zip(leaves, specs, strict=True):
-            entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
-            total += bytes_per_device(leaf, entries, self.mesh_shape)
-        return total
+        return tree_bytes(self.traced.arg(name), self.specs(name), self.mesh_shape)
 
-    def explain(self) -> str:
-        """The plan as tables, and the reason for what is whole."""
+    def explain(self, abstract_opt_state: Any = None) -> str:
+        """The plan as tables, and the reason for what is whole; with an optimizer's state, its bytes too."""
         from sharding_rules.explain import explain
 
-        return explain(self)
+        return explain(self, abstract_opt_state)
 
     def _tree(self, name: str, shares: Sequence[Shares]) -> Any:
         return jax.tree.unflatten(jax.tree.structure(self.traced.arg(name)), [s.spec for s in shares])

@@ -302,3 +302,13 @@ def bytes_per_device(leaf: Any, entries: Sequence[Entry], mesh: MeshShape) -> in
     """Bytes of one device's shard of an array."""
     ways = math.prod(mesh.sizes[axis] for entry in entries for axis in entry)
     return math.prod(leaf.shape) // ways * leaf.dtype.itemsize
+
+
+def tree_bytes(tree: Any, specs: Any, mesh: MeshShape) -> int:
+    """Bytes on one device of a tree of arrays split by a tree of PartitionSpecs."""
+    flat = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    total = 0
+    for leaf, spec in zip(jax.tree.leaves(tree), flat, strict=True):
+        entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+        total += bytes_per_device(leaf, entries, mesh)
+    return total
