@@ -473,10 +473,10 @@ def update_if(ok: jax.Array, update: Callable[[Any], Any], old: Any, *, branch: 
     """Return `update(old)`, or `old` where `ok` is false; the leaves keep the dtypes of `old`.
 
     With `branch` as a conditional, else as a selection; the values are the same. What compilers make of the two with
-    Adam, in bytes of temporaries over bytes of parameters (compiled, for a decoder block of 50 M parameters, on the CPU
-    of 3 M; 1 is the gradient, which has to be whole before it is known to be finite): CPU 1.0 and 2.3, since a selection
-    makes it copy the moments before it overwrites them; H100 4.0 and 1.2, and a conditional would make the host wait for
-    the device besides; v5e 1.3 and 1.1.
+    Adam, in bytes of temporaries over bytes of parameters (compiled; a decoder block of 50 M parameters, of 3 M on the
+    CPU; 1 is the gradient, which has to be whole before it is known to be finite): CPU 1.0 and 2.3, since a selection
+    makes it copy the moments before it overwrites them; H100 4.0 and 1.2, and a conditional would make the host wait
+    for the device besides; v5e 1.3 and 1.1.
     """
 
     def same_dtypes(old: Any) -> Any:
