@@ -30,7 +30,7 @@ import redco_like as rl
 
 WORKDIR = pathlib.Path("runs/lm")
 LENGTH, EMBED, LAYERS, HEADS, KV_HEADS, MLP, VOCAB = 96, 128, 3, 8, 4, 384, 2048
-GLOBAL_BATCH, STEPS, CHECKPOINT_EVERY = 16, 500, 100
+GLOBAL_BATCH, STEPS, CHECKPOINT_EVERY = 16, 700, 100
 PROMPTS = ["def __init__(self", "import ", "    for ", "class "]
 
 
