@@ -1,11 +1,10 @@
-"""What a training step computes, in which phase, and what its backward pass keeps.
+"""A training step as one jaxpr: which of its equations run, and in which phase.
 
     step = trace_step(traced, remat="full")            # the loss and its backward pass as one jaxpr
     flow = Flow(infer_axes(step))                      # which equations run, and which depend on the cotangent
-    saved_activations(traced, "full")                  # values kept from forward to backward
 
-The cotangent of the loss is an argument of the traced step. What depends on it is the backward pass; what the backward
-pass reads and does not depend on it is what JAX keeps: the residuals of `jax.vjp`.
+The cotangent of the loss is an argument of the traced step. The first equation to read it ends the forward pass; after
+it, what does not depend on it but is under a `jax.checkpoint` is the forward pass computed again.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from jax.extend.core import JaxprEqn, Var
 from jax.sharding import AbstractMesh, Mesh
 
 from sharding_rules import AXES, Layout, MeshShape, TracedFunction, make_layout, trace
-from sharding_rules.axes import BATCH, AxisTable, Dims, Scope, infer_axes, leaves, loop_parts, shape_of
+from sharding_rules.axes import AxisTable, Contraction, Dims, Scope, infer_axes, leaves, loop_parts, shape_of
 
 Remat = Literal["none", "dots", "full"]
 Phase = Literal["forward", "recompute", "backward"]
@@ -33,91 +32,6 @@ COTANGENT = "cotangent"
 INNER = "inner"
 """The name of an axis that no row of the loss has: of intermediates only, never sharded."""
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """A value that the backward pass keeps.
-
-    Attributes:
-        shape, dtype: of one iteration of the loops that make it.
-        axes: row names per dimension.
-        trips: how many such values are kept (the product of the lengths of those loops).
-        source: where the model computes it, `file:line (function)`.
-        activation: computed from the batch. Others are casts of weights, masks and the like, the same for any example.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    axes: Names
-    trips: int
-    source: str
-    activation: bool
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all iterations, unsharded."""
-        return math.prod(self.shape) * itemsize(self.dtype) * self.trips
-
-
-def saved_activations(
-    traced: TracedFunction, remat: Remat = "none", *, params: str = "params", batch: str = "batch"
-) -> list[Saved]:
-    """List what the backward pass of a traced loss keeps, besides the arguments of the loss.
-
-    These are the residuals of `jax.vjp` that the backward pass reads: what a loop keeps of each iteration, and whatever
-    else is computed in the forward pass and read in the backward one. A compiler may keep less, by computing cheap
-    values again.
-
-    Args:
-        traced: the loss, from `sharding_rules.trace`.
-        remat: "none", "dots" or "full", applied as `Layout.pin` does.
-        params, batch: names of the arguments that hold the parameters and the examples.
-    """
-    step = analyse_step(traced, remat=remat, params=params, batch=batch)
-    return saved_in(step)
-
-
-def saved_in(step: Step) -> list[Saved]:
-    """As `saved_activations`, from an analysed step."""
-    scope, flow = step.table.scope, step.flow
-    made = {v: (k, i) for k in range(flow.boundary) for i, v in enumerate(scope.jaxpr.eqns[k].outvars)}
-    crossing: dict[Var, None] = {}
-    for position in flow.live(scope):
-        if position > flow.boundary:
-            crossing |= {a: None for a in _read(flow, scope, position) if a in made}
-    return [_saved(step, scope, var, made[var]) for var in crossing]
-
-
-def _read(flow: Flow, scope: Scope, position: int) -> list[Var]:
-    """Variables that an equation reads; of those that an inner jaxpr takes, the ones it needs."""
-    passed: dict[Any, bool] = {}
-    for call in calls(scope, position):
-        for atom, needed in zip(call.operands, flow.needed_inputs(call.scope), strict=True):
-            if isinstance(atom, Var):
-                passed[atom] = passed.get(atom, False) or needed
-    return [a for a in scope.jaxpr.eqns[position].invars if isinstance(a, Var) and passed.get(a, True)]
-
-
-def _saved(step: Step, scope: Scope, var: Var, made: tuple[int, int]) -> Saved:
-    dims, shape, trips = scope.dims[var], shape_of(var), 1
-    activation = bool(scope.origin.get(var, 0) & BATCH)
-    position, index = made
-    eqn = scope.jaxpr.eqns[position]
-    while eqn.primitive.name == "scan" and scope.children.get(position):
-        (body,) = scope.children[position]
-        carried = loop_parts(eqn)[1]
-        if index < carried:
-            break
-        trips *= shape[0]
-        dims, shape = dims[1:], shape[1:]
-        inner = body.jaxpr.outvars[index]
-        found = [(k, i) for k, e in enumerate(body.jaxpr.eqns) for i, v in enumerate(e.outvars) if v is inner]
-        if not found:
-            break
-        scope, (position, index) = body, found[0]
-        eqn = scope.jaxpr.eqns[position]
-    return Saved(shape, dtype_of(var), step.names(dims), trips, source_of(eqn), activation)
 
 
 @dataclasses.dataclass
@@ -226,7 +140,34 @@ def row_names(layout: Layout, table: AxisTable) -> dict[Any, str]:
                 row = layout.rows.of(y)
                 if row is not None:
                     names.setdefault(x, row.name)
+    _name_recomputed(table.contractions, names)
     return names
+
+
+def _name_recomputed(contractions: Sequence[Contraction], names: dict[Any, str]) -> None:
+    """Name the axes of products that are alike, but for axes without a name, to one whose axes all have names.
+
+    What only intermediates have (the capacity of experts) is made anew where the forward pass is computed again.
+    """
+
+    def axes(c: Contraction) -> list[Any]:
+        return [axis for dims in (c.lhs, c.rhs, c.out) for dim in dims for axis in leaves(dim)]
+
+    alike: dict[Any, list[list[Any]]] = {}
+    partial: list[tuple[Any, list[Any]]] = []
+    for c in contractions:
+        shape = (c.kind, tuple(len(leaves(dim)) for dims in (c.lhs, c.rhs, c.out) for dim in dims))
+        found = axes(c)
+        key = (shape, tuple(axis.size for axis in found))
+        if all(axis in names for axis in found):
+            alike.setdefault(key, []).append(found)
+        else:
+            partial.append((key, found))
+    for key, found in partial:
+        for other in alike.get(key, ()):
+            if all(x not in names or names[x] == names[y] for x, y in zip(found, other, strict=True)):
+                names.update((x, names[y]) for x, y in zip(found, other, strict=True))
+                break
 
 
 # The flow of values through calls.
@@ -371,6 +312,12 @@ def source_of(eqn: JaxprEqn) -> str:
 def dtype_of(atom: Any) -> Any:
     """The dtype of a variable; None for what has none, such as a token."""
     return getattr(atom.aval, "dtype", None)
+
+
+def bytes_of(atom: Any) -> int:
+    """Bytes of the array that a variable holds."""
+    dtype = dtype_of(atom)
+    return math.prod(shape_of(atom)) * itemsize(dtype) if dtype is not None else 0
 
 
 def itemsize(dtype: Any) -> int:

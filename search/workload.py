@@ -24,8 +24,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from search.fusion import Block, Operand, Unit, Where, score_keys, source
-from search.liveness import INNER, Names, Phase, Remat, Step, analyse_step
+from search.attention import score_keys
+from search.fusion import Block, Where
+from search.liveness import INNER, Names, Phase, Remat, Step, analyse_step, source_of
+from search.units import Operand, Unit
 from sharding_rules import TracedFunction
 
 Kind = Literal[
@@ -246,7 +248,7 @@ def _op(step: Step, unit: Unit) -> Op:
         trips=unit.trips,
         known=unit.known,
         dtype=str(unit.dtype),
-        source=source(unit),
+        source=source_of(unit.source),
     )
 
 

@@ -12,7 +12,7 @@ import zoo
 from zoo import llama, moe
 
 from search.flops import valid_positions
-from search.liveness import saved_activations
+from search.saved import saved_activations
 from search.workload import workload
 from sharding_rules import AXES, MeshShape, make_layout, trace
 
@@ -336,6 +336,26 @@ def test_fused_attention_moves_queries_keys_values_and_statistics():
     assert backward.bytes_written == q + 2 * kv
 
 
+def test_fused_attention_reads_a_bias_and_writes_its_gradient():
+    """T5's encoder layers share a bias of positions and padding, as large as the scores."""
+    ops = [op for op in workload(traced_model("t5"), fused_attention=True).ops if op.kind == "attention"]
+    scores = 4 * BATCH * 8 * 20 * 20
+
+    def of_scores(arrays):
+        return [a.bytes for a in arrays if a.bytes == scores and len(a.axes) == 4]
+
+    encoder = [op for op in ops if op.m == op.n == 20]
+    assert [(of_scores(op.reads), of_scores(op.writes)) for op in encoder if op.phase == "forward"] == [
+        ([scores], []),
+        ([scores], []),
+    ]
+    # The later layer's gradient of the scores is kept until the earlier one's is added to it.
+    assert [(of_scores(op.reads), of_scores(op.writes)) for op in encoder if op.phase == "backward"] == [
+        ([], [scores]),
+        ([scores], []),
+    ]
+
+
 def test_mixture_routing_is_no_attention():
     work = workload(traced_model("moe_one_hot"), fused_attention=True)
     assert sum(op.trips for op in work.ops if op.kind == "attention" and op.phase == "forward") == moe.LAYERS
@@ -381,6 +401,15 @@ def test_saved_activations_are_the_residuals_of_vjp(name, remat):
     traced = traced_model(name)
     saved = collections.Counter(mlir_type(s) for s in saved_activations(traced, remat))
     assert saved == residuals(traced, remat)
+
+
+def test_fused_attention_keeps_no_scores():
+    s, traced = llama.TINY, traced_model("llama_scanned")
+    scores = BATCH * s.heads * s.length**2
+    plain = [x for x in saved_activations(traced) if np.prod(x.shape) == scores]
+    fused = [x for x in saved_activations(traced, fused_attention=True) if np.prod(x.shape) == scores]
+    assert plain
+    assert not fused
 
 
 def test_full_remat_keeps_the_inputs_of_blocks():
