@@ -83,8 +83,9 @@ def test_full_remat_recomputes_the_layers_less_what_nobody_reads(name, unread):
 
 def test_dots_remat_recomputes_attention_only():
     s, tokens = llama.TINY, BATCH * llama.TINY.length
-    scores = 2 * s.length * s.heads * s.head_dim * s.layers * tokens
-    assert products(workload(traced_model("llama_scanned"), remat="dots"))["recompute"] in (scores, 2 * scores)
+    # Scores and values: products with batch dimensions, which the policy does not keep.
+    attention = 4 * s.length * s.heads * s.head_dim * s.layers * tokens
+    assert products(workload(traced_model("llama_scanned"), remat="dots"))["recompute"] == attention
 
 
 def test_prediction_has_the_forward_pass_only():
@@ -331,8 +332,9 @@ def test_fused_attention_moves_queries_keys_values_and_statistics():
     q, kv, statistics = rows * s.heads * s.head_dim, rows * s.kv_heads * s.head_dim, rows * s.heads
     forward, backward = (op for op in work.ops if op.kind == "attention")
     assert forward.bytes_read == q + 2 * kv
-    assert forward.bytes_written - q in (statistics, 2 * statistics)
-    assert backward.bytes_read - 2 * q - 2 * kv in (statistics, 2 * statistics)
+    # The sum of the exponentials, and its derivative's factor.
+    assert forward.bytes_written == q + 2 * statistics
+    assert backward.bytes_read == 2 * q + 2 * kv + 2 * statistics
     assert backward.bytes_written == q + 2 * kv
 
 
