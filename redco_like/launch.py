@@ -1,8 +1,8 @@
 """Finding the other processes of a run: how this one was launched, and a start that names what it waits for.
 
-    launch = resolve_launch("auto")                 # from SLURM, MPI, a TPU pod, Kubernetes, or JAX_* variables
-    if launch is not None:
-        start_distributed(launch, deadline_seconds=300)
+launch = resolve_launch("auto")                 # from SLURM, MPI, a TPU pod, Kubernetes, or JAX_* variables
+if launch is not None:
+    start_distributed(launch, deadline_seconds=300)
 """
 
 from __future__ import annotations

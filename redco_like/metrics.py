@@ -1,9 +1,9 @@
 """Numbers of a run: a JSONL file always, other writers as extras, and a progress line that costs nothing to ignore.
 
-    log = MetricsLog("runs/lm", writers=("tensorboard",))
-    with log, Progress(1000, unit="tokens", units_per_step=8192) as bar:
-        log.write(step, {"train/loss": 2.31})
-        bar.update(step, {"loss": 2.31})
+log = MetricsLog("runs/lm", writers=("tensorboard",))
+with log, Progress(1000, unit="tokens", units_per_step=8192) as bar:
+    log.write(step, {"train/loss": 2.31})
+    bar.update(step, {"loss": 2.31})
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
-os.environ.setdefault("PJRT_NPROC", "32")  # with a thread per core only, 8 devices that run ahead can wait for each other
+os.environ.setdefault(
+    "PJRT_NPROC", "32"
+)  # with a thread per core only, 8 devices that run ahead can wait for each other
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
