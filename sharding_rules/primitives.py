@@ -120,6 +120,7 @@ def bitcast(inf: Inference, eq: Equation) -> list[Dims] | None:
     "random_clone",
     "axis_index",
     "empty",
+    "empty2",
     "create_token",
     "full",
     "debug_callback",
@@ -458,21 +459,34 @@ def dot_general(inf: Inference, eq: Equation) -> list[Dims]:
     return [out]
 
 
-@rule("ragged_dot", "ragged_dot_general")
-def ragged_dot(inf: Inference, eq: Equation) -> list[Dims] | None:
-    """(m, k) x (groups, k, n) -> (m, n), the groups of rows each with a matrix of their own."""
+@rule("ragged_dot_general")
+def ragged_dot(inf: Inference, eq: Equation) -> list[Dims]:
+    """A product in which runs of rows (their lengths are the third operand) each have a matrix of their own.
+
+    Where the runs are contracted, as in the weights' gradient, each gives a matrix: the result gains the groups' axis.
+    """
     lhs, rhs, groups = eq.ins[:3]
-    if [len(d) for d in (lhs, rhs, groups)] != [2, 3, 1] or eq.out_shapes[0] != (
-        eq.in_shapes[0][0],
-        eq.in_shapes[1][2],
-    ):
-        return None
-    inf.unify(lhs[1], rhs[1])
-    inf.unify(groups[0], rhs[0])
-    inf.mark("group", rhs[0])
-    out = (lhs[0], rhs[2])
-    flops = 2 * math.prod(eq.out_shapes[0]) * eq.in_shapes[0][1] * eq.scope.trips
-    _contraction(inf, eq, "ragged", out, (), (lhs[1],), flops)
+    numbers = eq.params["ragged_dot_dimension_numbers"]
+    (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+    for i, j in zip((*lb, *lc), (*rb, *rc), strict=True):
+        if lhs[i] and rhs[j]:
+            inf.unify(lhs[i], rhs[j], "ragged_dot_general")
+    group = groups[-1]
+    for i in numbers.rhs_group_dimensions:
+        if group and rhs[i]:
+            inf.unify(group, rhs[i])
+        inf.mark("group", rhs[i])
+    shared = (*rb, *rc, *numbers.rhs_group_dimensions)
+    out = (
+        *((group,) if set(numbers.lhs_ragged_dimensions) & set(lc) else ()),
+        *(lhs[i] for i in lb),
+        *(dim for i, dim in enumerate(lhs) if i not in (*lb, *lc)),
+        *(dim for i, dim in enumerate(rhs) if i not in shared),
+    )
+    # Every row meets one matrix: the rows' own products, however they fall into groups.
+    rows = math.prod(eq.in_shapes[0])
+    flops = 2 * rows * math.prod(n for i, n in enumerate(eq.in_shapes[1]) if i not in shared) * eq.scope.trips
+    _contraction(inf, eq, "ragged", out, tuple(lhs[i] for i in lb), tuple(lhs[i] for i in lc), flops)
     return [out]
 
 

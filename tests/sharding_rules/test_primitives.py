@@ -53,6 +53,15 @@ CASES = {
         f32(2, 8, 4, 5),
     ),
     "ragged_dot": ("ab cbd c -> ad", lax.ragged_dot, f32(8, 3), f32(4, 3, 5), i32(4)),
+    "ragged_dot_of_square_matrices": ("ab cbd c -> ad", lax.ragged_dot, f32(8, 3), f32(4, 3, 3), i32(4)),
+    "ragged_dot_gradients": (
+        "ab cbd c ad -> ab cbd",
+        lambda x, w, groups, ct: jax.vjp(lambda x, w: lax.ragged_dot(x, w, groups), x, w)[1](ct),
+        f32(8, 3),
+        f32(4, 3, 5),
+        i32(4),
+        f32(8, 5),
+    ),
     # Elementwise, broadcasting.
     "add": ("ab ab -> ab", jnp.add, f32(4, 5), f32(4, 5)),
     "broadcast_size_1": ("a1 ab -> ab", jnp.add, f32(4, 1), f32(4, 5)),
