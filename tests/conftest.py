@@ -13,8 +13,13 @@ os.environ.setdefault(
 )  # with a thread per core only, 8 devices that run ahead can wait for each other
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import jax
-import pytest
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# The same examples in every run: a failure in CI is one that everybody sees.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "redco-like-test-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

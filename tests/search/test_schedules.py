@@ -216,6 +216,8 @@ def test_random_times_obey_bounds_and_scale(case):
         work = sum(times[key].reshape(V, P).sum(0) for key in times if key != "transfer_seconds")
         assert seconds[-1] >= M * work.max() * (1 - 1e-12)
     assert np.all(np.array(bounds) <= np.array(seconds) * (1 + 1e-12))
+    if transfers:
+        return  # long transfers are paid again by each group of P microbatches: the bubble then has no order
     per_microbatch = np.array(seconds) / np.arange(1, 5)  # the bubble fraction is 1 - work / this
     assert np.all(np.diff(per_microbatch) <= 1e-9), "more microbatches raised the bubble fraction"
 

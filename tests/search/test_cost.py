@@ -1,0 +1,317 @@
+"""Seconds by hand, traffic of known models, memory and legality as the layout has them."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+
+from search.cluster import parse_cluster
+from search.collectives import collective_seconds
+from search.cost import Columns, CostModel, Efficiency, Flow, Placement
+from search.memory import step_bytes
+from search.space import Inner, Space, TracedModel
+from search.workload import Array, Op, Workload
+from sharding_rules import AXES, FSDP, TENSOR, MeshShape, PlanError, make_layout, trace
+
+BATCH = 8
+CLUSTER = parse_cluster("8xA100")
+
+
+def traced_model(name, batch=BATCH):
+    model = zoo.MODELS[name]
+    args = (model.abstract_params(), model.abstract_batch(batch), zoo.base.abstract_key())
+    traced = trace(model.loss, *args, names=("params", "batch", "rng"))
+    trainable = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, args[0])
+    return traced, jax.eval_shape(optax.adam(1e-3).init, trainable)
+
+
+def model_of(name, cluster=CLUSTER, **options):
+    return TracedModel(*traced_model(name), cluster, **options)
+
+
+def placed(model, **sizes):
+    inner = Inner(**{"tensor": 1, "context": 1, "expert": 1, "sequence": False, "batch_shards": 1} | sizes)
+    place = model.place(inner)
+    assert not isinstance(place, str), place
+    return place
+
+
+def columns(fsdp=0, remat=0, microbatches=1):
+    return Columns(*(np.atleast_1d(np.array(x, np.int64)) for x in (fsdp, remat, microbatches)))
+
+
+# By hand.
+
+
+def one_product(m=4096, n=8192, k=2048):
+    """x (m, k) @ w (k, n), rows batch, embed and mlp."""
+    x, w, y = ((("batch",), ("embed",)), (("embed",), ("mlp",)), (("batch",), ("mlp",)))
+    op = Op(
+        kind="dot",
+        phase="forward",
+        flops=2 * m * n * k,
+        transcendentals=0,
+        batch=1,
+        m=m,
+        n=n,
+        k=k,
+        reads=(Array(2 * m * k, x, False), Array(2 * k * n, w, True)),
+        writes=(Array(2 * m * n, y, False),),
+        axes=("batch", "embed", "mlp"),
+        contracted=("embed",),
+        trips=3,
+        known=True,
+        dtype="bfloat16",
+        source="",
+    )
+    return Workload((op,), {"batch": m, "embed": k, "mlp": n})
+
+
+def by_hand(*, tensor=1, batch_shards=1, flows=(), fsdp_sizes=(1,)):
+    rows = np.zeros((3, len(AXES)), bool)
+    rows[0, :2] = True
+    rows[2, AXES.index(TENSOR)] = True
+    zeros = np.zeros(len(fsdp_sizes))
+    return Placement(
+        expert=1,
+        context=1,
+        tensor=tensor,
+        batch_shards=batch_shards,
+        sequence=False,
+        rows=rows,
+        spill=np.zeros_like(rows),
+        beyond=np.zeros(3, bool),
+        groups=np.zeros(3, bool),
+        fsdp_sizes=fsdp_sizes,
+        flows=flows,
+        optimizer_bytes=zeros,
+        gradient_bytes=zeros,
+        kept_bytes=zeros,
+    )
+
+
+@pytest.mark.parametrize("tensor, shards, parts", [(1, 1, 1), (2, 1, 1), (2, 4, 1), (1, 2, 4)])
+def test_product_takes_the_roofline_of_its_share(tensor, shards, parts):
+    costs = CostModel(CLUSTER, {"none": one_product()})
+    e = costs.efficiency
+    found = costs.seconds(by_hand(tensor=tensor, batch_shards=shards), columns(microbatches=parts))
+    m, n, k = 4096 / shards / parts, 8192 / tensor, 2048
+    flops = 2 * m * n * k / (312e12 * float(e.product(m, n, k)))
+    moved = 2 * (m * k + k * n + m * n) / (0.85 * 2039e9)
+    np.testing.assert_allclose(found.compute, [3 * parts * (max(flops, moved) + 2e-6)], rtol=1e-12)
+
+
+def test_microbatches_read_the_weights_again():
+    costs = CostModel(CLUSTER, {"none": one_product(m=64)}, efficiency=Efficiency(launch_seconds=(("gpu", 0.0),)))
+    found = costs.seconds(by_hand(), columns([0, 0], [0, 0], [1, 4])).compute
+    weights, rest = 2 * 2048 * 8192, 2 * 64 * (2048 + 8192)
+    np.testing.assert_allclose(found, [3 * (n * weights + rest) / (0.85 * 2039e9) for n in (1, 4)], rtol=1e-12)
+
+
+def test_small_products_are_slow_and_large_ones_reach_the_constant():
+    e = Efficiency()
+    assert 0.88 < e.product(8192, 8192, 8192) < e.matmul
+    assert e.product(8192, 8192, 16) < 0.5 * e.matmul
+    sizes = np.arange(1, 200)
+    assert (np.diff(e.product(sizes, 128, 128)) > 0).all()
+
+
+@pytest.mark.parametrize("compute, collectives, expected", [(10, 2, 0.26), (10, 10, 1.3), (2, 10, 8.26), (3, 0, 0)])
+def test_overlap_slows_both_sides(compute, collectives, expected):
+    found = CostModel(CLUSTER, {"none": one_product()}).exposed(compute, collectives)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("phase, hides", [("forward", False), ("forward", True), ("step", False), ("step", True)])
+def test_flow_costs_its_collective_on_its_stride(phase, hides):
+    flow = Flow("all_gather", (FSDP,), 1e9, (TENSOR,), phase, hides, False, {"": 2.0})
+    costs = CostModel(CLUSTER, {"none": one_product()})
+    place = by_hand(tensor=2, batch_shards=4, flows=(flow,), fsdp_sizes=(1, 2, 4))
+    found = costs.seconds(place, columns(2, 0, 4))
+    once = 2 * float(collective_seconds(CLUSTER, "all_gather", 0.5e9, 4, 2))
+    if not hides:
+        np.testing.assert_allclose(found.exposed[FSDP], [once * (4 if phase == "forward" else 1)], rtol=1e-12)
+    else:
+        assert found.hidden[0] == pytest.approx(once * (4 if phase == "forward" else 1))
+        assert found.total[0] >= max(found.compute[0], found.hidden[0])
+    assert costs.seconds(place, columns(0, 0, 4)).exposed[FSDP][0] == 0
+
+
+# Traffic of known models.
+
+
+def counts(place, *, axis, remat="none"):
+    """(kind, phase) -> times per step, of activations whose collectives run over one axis."""
+    out = {}
+    for flow in place.flows:
+        if flow.axes == (axis,) and flow.batch and flow.times(remat):
+            key = (flow.kind, flow.phase)
+            out[key] = out.get(key, 0) + flow.times(remat)
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama_scanned", "llama_unrolled"])
+def test_megatron_reduces_twice_per_layer_and_pass(name):
+    model = model_of(name)
+    place = placed(model, tensor=4, batch_shards=2)
+    big = [f for f in place.flows if f.axes == (TENSOR,) and np.max(f.bytes) == 4 * BATCH * 12 * 32]
+    forward = sum(f.times("none") for f in big if f.phase == "forward")
+    backward = sum(f.times("none") for f in big if f.phase == "backward")
+    # Attention's and the MLP's output; and the embedding's lookup. Their inputs' gradients; and the head's.
+    assert (forward, backward) == (2 * 3 + 1, 2 * 3 + 1)
+    assert {f.kind for f in big} == {"all_reduce"}
+
+
+def test_sequence_parallelism_scatters_and_gathers_instead():
+    model = model_of("llama_scanned")
+    place = placed(model, tensor=4, batch_shards=2, sequence=True)
+    big = [f for f in place.flows if f.axes == (TENSOR,) and np.max(f.bytes) == 4 * BATCH * 12 * 32]
+    by_kind = {
+        key: sum(f.times("none") for f in big if (f.kind, f.phase) == key)
+        for key in itertools.product(("all_gather", "reduce_scatter", "all_reduce"), ("forward", "backward"))
+    }
+    assert by_kind["all_reduce", "forward"] == by_kind["all_reduce", "backward"] == 0
+    assert by_kind["reduce_scatter", "forward"] == by_kind["all_gather", "forward"] == 2 * 3 + 1
+    assert by_kind["reduce_scatter", "backward"] == 2 * 3 + 1
+
+
+def test_full_remat_reduces_again_what_it_computes_again():
+    place = placed(model_of("llama_scanned"), tensor=4, batch_shards=2)
+    none, full = (counts(place, axis=TENSOR, remat=r)["all_reduce", "backward"] for r in ("none", "full"))
+    # The attention's output is made again in each of three layers; the block's last product is not read.
+    assert full - none >= 3
+
+
+def test_fsdp_gathers_every_matrix_twice_and_scatters_its_gradient():
+    traced, state = traced_model("llama_scanned")
+    model = TracedModel(traced, state, CLUSTER)
+    place = placed(model, batch_shards=8)
+    layout = model.layout.on(MeshShape(fsdp=8), "fsdp")
+    matrices = sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf, (_, rest) in zip(jax.tree.leaves(traced.arg("params")), layout.param_shares.values(), strict=True)
+        if any(FSDP in entry for entry in rest.entries)
+    )
+    index = place.fsdp_sizes.index(8)
+    sums = {}
+    for flow in place.flows:
+        if flow.axes == (FSDP,):
+            key = (flow.kind, flow.phase)
+            sums[key] = sums.get(key, 0) + flow.bytes[index] * flow.times("none")
+    assert sums == {
+        ("all_gather", "forward"): matrices,
+        ("all_gather", "backward"): matrices,
+        ("reduce_scatter", "backward"): matrices,
+    }
+
+
+def test_context_gathers_keys_and_values():
+    place = placed(model_of("llama_scanned"), context=2, batch_shards=4)
+    found = counts(place, axis="context")
+    assert found == {
+        ("all_gather", "forward"): 2 * 3,
+        ("all_gather", "backward"): 2 * 3,
+        ("reduce_scatter", "backward"): 2 * 3,
+    }
+
+
+@pytest.mark.parametrize("name", ["moe_one_hot", "moe_ragged"])
+def test_experts_exchange_tokens(name):
+    model = model_of(name)
+    place = placed(model, expert=2, batch_shards=4)
+    found = {flow.phase for flow in place.flows if flow.kind == "all_to_all"}
+    assert found == {"forward", "backward"}
+
+
+# As the layout has it.
+
+
+@pytest.mark.parametrize("name", ["llama_unrolled", "moe_one_hot", "t5", "resnet", "lstm"])
+def test_memory_is_that_of_step_bytes(name):
+    traced, state = traced_model(name)
+    model = TracedModel(traced, state, CLUSTER, remats=("none", "full"))
+    space = Space(model, CLUSTER)
+    checked = 0
+    for inner in space.inner_meshes():
+        place = model.place(inner)
+        if isinstance(place, str):
+            continue
+        cols = space.columns(place)
+        for i in range(0, len(cols), 5):
+            remat, parts = model.costs.remats[cols.remat[i]], int(cols.microbatches[i])
+            plan = space.plan(place, int(cols.fsdp[i]), remat, parts)
+            exact = step_bytes(model.layout.on(plan.mesh, plan.preset), state, remat=remat, microbatches=parts)
+            assert place.kept_bytes[cols.fsdp[i]] + model.activation_bytes(place, remat) // parts == exact.total, plan
+            checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("name", ["llama_scanned", "moe_one_hot", "vit_conv", "mlp"])
+def test_legal_meshes_are_those_that_the_layout_accepts(name):
+    model = model_of(name)
+    space = Space(model, CLUSTER)
+    inners = space.inner_meshes()
+    legal = {
+        str(inner.mesh(fsdp)) + str(inner.sequence)
+        for inner in inners
+        if not isinstance(model.place(inner), str)
+        for fsdp in model.place(inner).fsdp_sizes
+    }
+    expected = set()
+    layout = make_layout(model.layout.traced, MeshShape())
+    for sizes in itertools.product((1, 2, 4, 8), repeat=5):
+        mesh = MeshShape(**dict(zip(("data", "fsdp", "expert", "context", "tensor"), sizes, strict=True)))
+        if mesh.size != 8 or BATCH % mesh.batch_shards or (mesh.expert > 1 and not model.has_experts):
+            continue
+        for sequence in (False, True)[: 1 + (mesh.tensor > 1)]:
+            inner = Inner(mesh.tensor, mesh.context, mesh.expert, sequence, mesh.data * mesh.fsdp)
+            try:
+                found = layout.on(mesh, inner.preset(mesh.fsdp))
+            except PlanError:
+                continue
+            if found.assignment.spill or not sequence:
+                expected.add(str(mesh) + str(sequence))
+    assert legal == expected
+
+
+def test_constraints_are_kept_and_nonsense_is_refused():
+    model = model_of("llama_scanned")
+    space = Space(model, CLUSTER, fix={"tensor": 2, "remat": "full", "fsdp": 2}, forbid=("context", "sequence"))
+    for inner in space.inner_meshes():
+        assert (inner.tensor, inner.context, inner.sequence) == (2, 1, False)
+        cols = space.columns(placed(model, **dataclasses.asdict(inner)))
+        assert len(cols)
+        for i in range(len(cols)):
+            plan = space.plan(model.place(inner), int(cols.fsdp[i]), model.costs.remats[cols.remat[i]], 1)
+            assert (plan.mesh.fsdp, plan.remat) == (2, "full")
+    with pytest.raises(ValueError, match="no choice called 'tensors'"):
+        Space(model, CLUSTER, fix={"tensors": 2})
+    with pytest.raises(PlanError, match="do not divide the 8"):
+        Space(model, CLUSTER, fix={"tensor": 3})
+    with pytest.raises(ValueError, match="both fixed and forbidden"):
+        Space(model, CLUSTER, fix={"tensor": 2}, forbid=("tensor",))
+    with pytest.raises(PlanError, match="stage"):
+        Space(model, CLUSTER, fix={"stage": 2})
+
+
+def test_keys_beyond_their_heads_are_whole_and_queries_are_split():
+    """Four heads of keys on tensor=8: queries split inside their groups."""
+    model = model_of("llama_scanned")
+    place = placed(model, tensor=8)
+    assert place.beyond.any()
+    spread, whole = (model.costs.seconds(placed(model, **s), columns()).total for s in ({"tensor": 4}, {"tensor": 8}))
+    assert np.isfinite(spread).all()
+    assert np.isfinite(whole).all()
+
+
+def test_mfu_of_the_floor_is_below_one():
+    model = model_of("llama_scanned")
+    floor = model.costs.floor(8)
+    assert 0 < model.costs.mfu(floor, 8) <= 1
+    assert math.isclose(model.costs.floor(16), floor / 2)

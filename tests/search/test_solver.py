@@ -1,0 +1,329 @@
+"""The search equals brute force, bounds are bounds, and better machines are never worse."""
+
+import dataclasses
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from test_cost import model_of
+
+from search.cluster import Cluster, parse_cluster
+from search.cost import Columns, CostModel, Efficiency, Flow, Placement
+from search.solver import solve
+from search.space import Space
+from search.workload import Array, Op, Workload
+from sharding_rules import AXES, TENSOR
+
+ROWS = {"batch": 16, "length": 64, "embed": 128, "mlp": 256, "vocab": 512}
+REMATS = ("none", "dots", "full")
+
+
+class Synthetic:
+    """A random model: operations, traffic and bytes, with none behind them; legal where a coin says so."""
+
+    has_experts = False
+    tokens = 1024
+    dtypes = {"param_dtype": "float32", "compute_dtype": "bfloat16"}  # noqa: RUF012
+
+    def __init__(self, seed, cluster, efficiency=None):
+        draw = random.Random(seed)
+        self.batch = draw.choice([4, 8, 16])
+        rows = {**ROWS, "batch": self.batch}
+        first = [random_op(draw, rows, "forward") for _ in range(draw.randint(1, 4))]
+        first += [random_op(draw, rows, "backward") for _ in range(draw.randint(1, 4))]
+        more = [random_op(draw, rows, "recompute") for _ in range(2)]
+        works = {r: Workload((*first, *more[:i]), rows) for i, r in enumerate(REMATS)}
+        self.costs = CostModel(cluster, works, efficiency=efficiency)
+        self.seed = seed
+        self.flows = tuple(random_flow(draw) for _ in range(draw.randint(0, 5)))
+        self.params, self.activations = 10 ** draw.uniform(8.5, 11), 10 ** draw.uniform(8.5, 11.5)
+
+    def place(self, inner):
+        draw = random.Random(str((self.seed, inner.tensor, inner.context, inner.sequence)))
+        if self.batch % inner.batch_shards or draw.random() < 0.15 or inner.context > 4:
+            return "unlucky"
+        rows = np.zeros((5, len(AXES)), bool)
+        rows[0, :2], rows[1, 4], rows[3:, 5] = True, inner.context > 1, True
+        spill = np.zeros_like(rows)
+        spill[1, 5] = inner.sequence
+        sizes = np.array([f for f in range(1, inner.batch_shards + 1) if inner.batch_shards % f == 0])
+        kept = self.params / inner.tensor / sizes
+        flows = [f for f in self.flows if f.axes != (TENSOR,) or not inner.sequence]
+        flows.append(Flow("all_gather", ("fsdp",), kept * sizes, (), "forward", True, False, {"": 2.0}))
+        return Placement(
+            expert=1,
+            context=inner.context,
+            tensor=inner.tensor,
+            batch_shards=inner.batch_shards,
+            sequence=inner.sequence,
+            rows=rows,
+            spill=spill,
+            beyond=np.zeros(5, bool),
+            groups=np.zeros(5, bool),
+            fsdp_sizes=tuple(int(f) for f in sizes),
+            flows=tuple(flows),
+            optimizer_bytes=kept,
+            gradient_bytes=kept / 4,
+            kept_bytes=kept,
+        )
+
+    def activation_bytes(self, place, remat):
+        share = {"none": 1, "dots": 0.4, "full": 0.1}[remat]
+        return int(self.activations * share / place.batch_shards / place.context / place.tensor**0.5)
+
+
+def random_op(draw, rows, phase):
+    names = draw.sample(list(rows), draw.randint(2, 4))
+    m, k, n = (2 ** draw.randint(4, 12) for _ in range(3))
+    kind = draw.choice(["dot", "elementwise"])
+    left, right = names[:2], names[1:]
+    return Op(
+        kind=kind,
+        phase=phase,
+        flops=2 * m * k * n if kind == "dot" else m * n,
+        transcendentals=draw.choice([0, m]),
+        batch=1 if kind == "dot" else 0,
+        m=m if kind == "dot" else 0,
+        n=n if kind == "dot" else 0,
+        k=k if kind == "dot" else 0,
+        reads=(Array(2 * m * k, tuple((x,) for x in left), False), Array(2 * k * n, tuple((x,) for x in right), True)),
+        writes=(Array(2 * m * n, tuple((x,) for x in names if x != names[1]), False),),
+        axes=tuple(names),
+        contracted=(names[1],) if kind == "dot" else (),
+        trips=draw.choice([1, 4, 32]),
+        known=True,
+        dtype="bfloat16",
+        source="",
+    )
+
+
+def random_flow(draw):
+    axis = draw.choice(["data", "context", "tensor"])
+    kind = draw.choice(["all_reduce", "all_gather", "reduce_scatter"])
+    phase = draw.choice(["forward", "backward", "step"])
+    hides = axis == "data"
+    counts = {"none": 2.0, "dots": 2.0, "full": 3.0} if draw.random() < 0.5 else {"": 1.0}
+    split = tuple(a for a in ("data", "fsdp", "tensor") if a != axis and draw.random() < 0.5)
+    split = tuple(a for a in split if "data" in split or a != "fsdp")
+    shrinks = phase != "step" and draw.random() < 0.5
+    return Flow(kind, (axis,), 10 ** draw.uniform(4, 9), split, phase, hides, shrinks, counts)
+
+
+CLUSTERS = ["4xA100", "8xH100", "2x8xH100", "v5e:2x4", "v5p-16", "2*v5e:2x2"]
+
+
+def enumerate_all(space, *, one_by_one=True):
+    """Every candidate: (seconds, bytes)."""
+    model, found = space.model, []
+    for inner in space.inner_meshes():
+        place = model.place(inner)
+        if isinstance(place, str):
+            continue
+        each = model.batch // (place.batch_shards * place.expert)
+        parts = [m for m in range(1, each + 1) if each % m == 0]
+        rows = list(itertools.product(range(len(place.fsdp_sizes)), range(len(model.costs.remats)), parts))
+        for group in [[row] for row in rows] if one_by_one else [rows]:
+            total = model.costs.seconds(place, Columns(*np.array(group).T)).total
+            for (fsdp, remat, m), seconds in zip(group, total, strict=True):
+                activations = model.activation_bytes(place, model.costs.remats[remat]) // m
+                found.append((float(seconds), float(place.kept_bytes[fsdp] + activations)))
+    return found
+
+
+@pytest.mark.parametrize("block", range(15))
+def test_search_equals_brute_force(block):
+    check_against_brute_force(range(20 * block, 20 * block + 20))
+
+
+@pytest.mark.slow
+def test_search_equals_brute_force_on_thousands():
+    check_against_brute_force(range(1000, 3500))
+
+
+def check_against_brute_force(seeds):
+    solved = 0
+    for seed in seeds:
+        cluster = parse_cluster(CLUSTERS[seed % len(CLUSTERS)])
+        space = Space(Synthetic(seed, cluster), cluster)
+        every = enumerate_all(space, one_by_one=seed % 10 == 0)
+        fitting = sorted(seconds for seconds, bytes_ in every if bytes_ <= space.budget_bytes)
+        result = solve(space, runners_up=3)
+        if not fitting:
+            assert result.plan is None
+            assert result.advice
+            continue
+        solved += 1
+        assert result.gap == 0
+        found = [c.estimate.seconds_per_step for c in (result.best, *result.runners_up)]
+        np.testing.assert_allclose(found, fitting[: len(found)], rtol=1e-9)
+        assert len(found) == min(4, len(fitting))
+        assert result.evaluated <= result.candidates == len(every)
+        assert sum(result.best.estimate.parts.values()) == pytest.approx(found[0])
+    assert solved > len(seeds) // 2
+
+
+@pytest.mark.parametrize("name", ["llama_scanned", "moe_one_hot"])
+def test_search_of_a_traced_model_equals_brute_force(name):
+    cluster = parse_cluster("8xA100")
+    space = Space(model_of(name, cluster), cluster)
+    every = enumerate_all(space, one_by_one=False)
+    for share in (1.0, 3e-6, 5e-7):
+        tight = dataclasses.replace(space, memory_share=share)
+        fitting = sorted(s for s, b in every if b <= tight.budget_bytes)
+        result = solve(tight, runners_up=0)
+        assert (result.best is None) == (not fitting)
+        if result.best:
+            assert result.best.estimate.seconds_per_step == pytest.approx(fitting[0], rel=1e-9)
+            assert result.gap == 0
+    assert not fitting
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_bounds_never_exceed_what_is_below(seed):
+    cluster = parse_cluster(CLUSTERS[seed % len(CLUSTERS)])
+    check_bounds(Space(Synthetic(seed, cluster), cluster))
+
+
+@pytest.mark.parametrize("name", ["llama_unrolled", "moe_ragged", "resnet", "t5"])
+def test_bounds_hold_for_traced_models(name):
+    cluster = parse_cluster("8xH100")
+    check_bounds(Space(model_of(name, cluster), cluster))
+
+
+def check_bounds(space):
+    costs = space.model.costs
+    floor = costs.floor(space.cluster.devices)
+    for inner in space.inner_meshes():
+        place = space.model.place(inner)
+        if isinstance(place, str):
+            continue
+        columns = space.columns(place)
+        total = costs.seconds(place, columns).total
+        for remat in range(len(costs.remats)):
+            least = total[columns.remat == remat].min()
+            assert floor <= costs.bound(place, remat) * (1 + 1e-12)
+            assert costs.bound(place, remat) <= least * (1 + 1e-12)
+
+
+# Metamorphic.
+
+
+def best_seconds(seed, cluster, **options):
+    efficiency = options.pop("efficiency", None)
+    result = solve(Space(Synthetic(seed, cluster, efficiency), cluster, **options), runners_up=0)
+    return result.estimate.seconds_per_step if result.estimate else math.inf
+
+
+def faster(cluster: Cluster, **factors) -> Cluster:
+    """A cluster with some rates multiplied, and times divided."""
+    links, memory, flops = (factors.get(k, 1.0) for k in ("links", "memory", "flops"))
+    latency = factors.get("latency", 1.0)
+    a = cluster.accelerator
+    accelerator = dataclasses.replace(
+        a,
+        memory_bytes_per_second=a.memory_bytes_per_second * memory,
+        peak_flops_per_second=tuple((k, v * flops) for k, v in a.peak_flops_per_second),
+        launch_seconds=a.launch_seconds / latency,
+    )
+    tiers = tuple(
+        dataclasses.replace(
+            t,
+            bytes_per_second=t.bytes_per_second * links,
+            reduce_bytes_per_second=t.reduce_bytes_per_second * links,
+            latency_seconds=t.latency_seconds / latency,
+            launch_seconds=t.launch_seconds / latency,
+        )
+        for t in cluster.tiers
+    )
+    torus = cluster.torus and dataclasses.replace(
+        cluster.torus,
+        bytes_per_second=cluster.torus.bytes_per_second * links,
+        latency_seconds=cluster.torus.latency_seconds / latency,
+    )
+    return dataclasses.replace(cluster, accelerator=accelerator, tiers=tiers, torus=torus)
+
+
+@pytest.mark.parametrize("what", ["links", "memory", "flops", "latency"])
+def test_faster_machines_are_never_worse(what):
+    for seed in range(24):
+        cluster = parse_cluster(CLUSTERS[seed % len(CLUSTERS)])
+        assert best_seconds(seed, faster(cluster, **{what: 2.0})) <= best_seconds(seed, cluster) * (1 + 1e-12)
+
+
+def test_more_memory_is_never_worse():
+    cluster = parse_cluster("8xH100")
+    for seed in range(24):
+        seconds = [best_seconds(seed, cluster, memory_share=share) for share in (0.01, 0.1, 0.4, 0.85)]
+        assert seconds == sorted(seconds, reverse=True)
+
+
+def test_more_devices_are_never_worse():
+    clusters = [parse_cluster(name) for name in ("8xH100", "2x8xH100", "4x8xH100")]
+    for seed in range(24):
+        seconds = [best_seconds(seed, cluster, allow_idle=True) for cluster in clusters]
+        assert seconds == sorted(seconds, reverse=True)
+
+
+def test_slower_time_scales_the_cost():
+    for seed in range(24):
+        cluster = parse_cluster(CLUSTERS[seed % len(CLUSTERS)])
+        slow = faster(cluster, links=0.25, memory=0.25, flops=0.25, latency=0.25)
+        usual = Efficiency()
+        launch = tuple((kind, 4 * seconds) for kind, seconds in usual.launch_seconds)
+        scaled = best_seconds(seed, slow, efficiency=dataclasses.replace(usual, launch_seconds=launch))
+        assert scaled == pytest.approx(4 * best_seconds(seed, cluster), rel=1e-9)
+
+
+# The result.
+
+
+def test_front_has_every_plan_that_nothing_beats():
+    cluster = parse_cluster("8xH100")
+    for seed in range(12):
+        space = Space(Synthetic(seed, cluster), cluster)
+        result = solve(space, pareto=True)
+        points = [(s, b) for s, b in enumerate_all(space, one_by_one=False) if b <= space.budget_bytes]
+        expected = {(s, b) for s, b in points if not any((t <= s and c < b) or (t < s and c <= b) for t, c in points)}
+        found = [(c.estimate.seconds_per_step, c.estimate.bytes_per_device) for c in result.pareto]
+        assert found == sorted(found)
+        np.testing.assert_allclose(found, sorted(expected), rtol=1e-6)
+
+
+def test_time_limit_returns_a_plan_with_its_gap():
+    cluster = parse_cluster("8xH100")
+    space = Space(Synthetic(3, cluster), cluster)
+    exact, hurried = solve(space), solve(space, time_limit_seconds=0)
+    assert hurried.bound <= exact.estimate.seconds_per_step <= hurried.estimate.seconds_per_step
+    assert 0 <= hurried.gap < 1
+    assert hurried.gap >= 1 - exact.estimate.seconds_per_step / hurried.estimate.seconds_per_step - 1e-12
+
+
+def test_nothing_fits_says_what_would():
+    cluster = parse_cluster("8xA100")
+    model = model_of("llama_scanned", cluster)
+    result = solve(Space(model, cluster, memory_share=1e-7))
+    assert result.plan is None
+    assert "nothing fits" in result.advice
+    assert "devices" in result.advice
+    result = solve(Space(model, cluster, fix={"tensor": 8, "sequence": True}))
+    assert result.plan is None
+    assert "no length divides by tensor=8" in result.advice
+
+
+@pytest.mark.parametrize("name", ["resnet", "moe_ragged", "t5", "vit_conv", "llama_nnx", "lstm", "unet"])
+def test_any_model_is_planned_by_the_same_code(name):
+    cluster = parse_cluster("8xA100")
+    result = solve(Space(model_of(name, cluster), cluster), runners_up=1)
+    assert result.gap == 0
+    assert 0 < result.estimate.mfu < 1
+    assert result.plan.mesh.size == 8
+    assert type(result.plan).from_json(result.plan.to_json()) == result.plan
+
+
+def test_one_device_has_no_communication():
+    cluster = parse_cluster("1xA100")
+    result = solve(Space(model_of("llama_scanned", cluster), cluster))
+    assert str(result.plan.mesh) == "data=1"
+    assert set(result.estimate.parts) == {"compute", "optimizer"}
