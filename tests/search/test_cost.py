@@ -225,8 +225,15 @@ def test_context_gathers_keys_and_values():
 def test_experts_exchange_tokens(name):
     model = model_of(name)
     place = placed(model, expert=2, batch_shards=4)
-    found = {flow.phase for flow in place.flows if flow.kind == "all_to_all"}
-    assert found == {"forward", "backward"}
+    found = {
+        (flow.phase, remat): flow.times(remat)
+        for flow in place.flows
+        for remat in ("none", "full")
+        if flow.kind == "all_to_all"
+    }
+    # Two layers, in and out; the router exchanges nothing.
+    assert found["forward", "none"] == found["backward", "none"] == 4
+    assert found["backward", "full"] > 4
 
 
 # As the layout has it.
