@@ -7,11 +7,9 @@ trainer.evaluate(test_examples)                # {"loss": ...}, every example ex
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import pathlib
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -29,16 +27,14 @@ from pipelines.train import check_rows, train_problem
 from redco_like.checkpoint import CheckpointStore
 from redco_like.data import DataLoader, Piece, collate, from_whole, process_rows, sequential, sharded
 from redco_like.deployer import Deployer
-from redco_like.metrics import MetricsLog, Progress, Writer
+from redco_like.metrics import Writer
+from redco_like.run_log import RunLog
 from redco_like.watch import OnNonfinite, StepWatch, StopRequest, announced, check_policy
 from search import Plan
 from sharding_rules import Layout, MeshShape, format_bytes, make_mesh
 
 Every = int | Literal["epoch"] | None
 """How often: every so many steps, at the end of each epoch, or never. The end of a run always counts."""
-
-_RATE_OVER = 8
-"""Lines of metrics that a rate is taken over: steps are read in bunches, so that two lines alone say little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +274,20 @@ class Trainer:
             store=store if checkpoint_every is not None else None,
             log_every=log_every,
         )
-        with _RunLog(self, run, tokens) as log, StopRequest(self.folder) as request:
+        log = RunLog(
+            self.folder,
+            name=self.name,
+            writers=self._writers,
+            config={"plan": dataclasses.asdict(self.plan)},
+            active=self._deployer.is_first,
+            unit="tokens" if tokens else "examples",
+            units_per_step=tokens or loader.global_batch,
+            steps_per_epoch=loader.steps_per_epoch,
+            start=start,
+            step=self.step,
+            last_step=start + total,
+        )
+        with log, StopRequest(self.folder) as request:
             return self._train(run, log, request)
 
     def evaluate(self, examples: Sequence[Any], *, global_batch: int | None = None) -> dict[str, float]:
@@ -438,7 +447,7 @@ class Trainer:
     def _save(self, store: CheckpointStore, data_state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         store.save(self.step, self.state, metrics=metrics, plan_json=self.plan.to_json(), data_state=data_state)
 
-    def _train(self, run: _Run, log: _RunLog, request: StopRequest) -> FitResult:
+    def _train(self, run: _Run, log: RunLog, request: StopRequest) -> FitResult:
         program, shardings = self.program, self.program.batch_shardings
         watch = StepWatch(
             log.record,
@@ -558,66 +567,6 @@ class _Run:
     eval_examples: Sequence[Any] | None
     store: CheckpointStore | None
     log_every: int
-
-
-class _RunLog:
-    """Metrics file and progress line of one call of `fit`."""
-
-    def __init__(self, trainer: Trainer, run: _Run, tokens_per_step: int):
-        first = trainer._deployer.is_first
-        self._unit = "tokens" if tokens_per_step else "examples"
-        self._units_per_step = tokens_per_step or run.loader.global_batch
-        self._steps_per_epoch, self._start = run.loader.steps_per_epoch, run.start
-        self._metrics = MetricsLog(
-            trainer.folder,
-            ("jsonl", *trainer._writers),
-            run_name=trainer.name,
-            config={"plan": dataclasses.asdict(trainer.plan)},
-            active=first,
-        )
-        self._progress = Progress(
-            run.start + run.total,
-            description=trainer.name,
-            unit=self._unit,
-            units_per_step=self._units_per_step,
-            active=first,
-        )
-        self.tick = self._progress.update
-        self._last_step: int | None = None
-        self._read: collections.deque[tuple[float, int]] = collections.deque(maxlen=_RATE_OVER)
-        self._skipped = 0
-        self.pause(trainer.step)
-
-    def __enter__(self) -> _RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.close(self._last_step)
-        self._metrics.close()
-
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of a training step, with the recent rate."""
-        now = time.perf_counter()
-        seconds, steps = now - self._read[0][0], step - self._read[0][1]
-        self._read.append((now, step))
-        self._skipped += int(metrics["skipped"])
-        rate = steps * self._units_per_step / seconds if seconds > 0 else 0.0
-        epoch = (step - self._start) / self._steps_per_epoch
-        more = {"skipped": self._skipped, "epoch": epoch, f"{self._unit}_per_second": rate}
-        self._metrics.write(step, {**metrics, **more})
-        self._last_step = step
-        self._progress.update(step, {"loss": metrics["loss"]})
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of an evaluation as `eval/...`."""
-        named = {f"eval/{name}": value for name, value in metrics.items()}
-        self._metrics.write(step, named)
-        self._progress.message(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in named.items()))
-
-    def pause(self, step: int) -> None:
-        """Leave the time up to now out of the rate."""
-        self._read.clear()
-        self._read.append((time.perf_counter(), step))
 
 
 def _steps(every: Every, steps_per_epoch: int) -> int:
