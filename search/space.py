@@ -242,6 +242,8 @@ class TracedModel:
         self.tokens = max(ids, default=self.batch)
         self.has_experts = any(row.role == "expert" for row in self.layout.rows.rows)
         self.dtypes = {"param_dtype": param_dtype, "compute_dtype": self.costs.dtype}
+        self.merges = cluster.accelerator.kind != "cpu"
+        """Whether products of one activation share the sum of its gradient; XLA for CPUs sums each alone."""
         self.opt_state = abstract_opt_state
         self.width = jnp.dtype(param_dtype).itemsize
         self.activation_width = _itemsize(self.costs.dtype)
@@ -415,9 +417,9 @@ class TracedModel:
 
         A product over a split row leaves partial sums: all-reduced forward (row parallel). One whose weight's other row
         is split has a partial input gradient: all-reduced backward, once per activation (column parallel). With
-        sequence parallelism each of the two is a reduce-scatter and an all-gather, and the input is gathered once more
-        for the weight's gradient. Keys and values are gathered over context. Experts' inputs and outputs move in
-        all-to-alls.
+        sequence parallelism each of the two is a reduce-scatter and an all-gather, and in a loop the input is gathered
+        once more for the weight's gradient. Keys and values are gathered over context. Experts' inputs and outputs move
+        in all-to-alls.
         """
         flows: dict[Any, dict[str, float]] = {}
 
@@ -454,13 +456,15 @@ class TracedModel:
                     add("reduce_scatter" if scattered else "all_reduce", axis, c.out, "backward", c.trips, again)
                     if scattered:
                         add("all_gather", axis, c.out, "backward", c.trips)
-                elif rows_out and axis not in self._axes(place, self._names(x)) and (key, axis) not in seen:
-                    seen.add((key, axis))
+                elif rows_out and axis not in self._axes(place, self._names(x)):
                     scattered = axis == TENSOR and self._scattered(place, x)
-                    if scattered:
+                    first = (key, axis) not in seen
+                    seen.add((key, axis))
+                    if scattered and first:
                         add("all_gather", axis, x, "forward", c.trips)
-                        add("all_gather", axis, x, "backward", c.trips)
-                    if trained:
+                        if c.trips > 1:
+                            add("all_gather", axis, x, "backward", c.trips)
+                    if trained and (first or not self.merges):
                         add("reduce_scatter" if scattered else "all_reduce", axis, x, "backward", c.trips)
             # A router makes the row of experts; experts' weights are multiplied one by one.
             if place.expert > 1 and (c.kind == "ragged" or self._has_experts(c.batch)) and self._has_experts(c.weight):
@@ -553,9 +557,9 @@ def _param_flows(traffic: Sequence[Mapping[Any, float]]) -> list[Flow]:
     flows = []
     for (split, trips, floating), bytes_ in gathers.items():
         count = {"": float(trips)}
-        flows += [
-            Flow("all_gather", (FSDP,), bytes_, split, phase, True, False, count) for phase in ("forward", "backward")
-        ]
+        # Outside of loops the compiler keeps what it gathered for the backward pass (seen in XLA's HLO).
+        for phase in ("forward", "backward") if trips > 1 else ("forward",):
+            flows.append(Flow("all_gather", (FSDP,), bytes_, split, phase, True, False, count))
         if floating:
             flows.append(Flow("reduce_scatter", (FSDP,), bytes_, split, "backward", True, False, count))
     for (axes, held), (bytes_, summed) in sums.items():
