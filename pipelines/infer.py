@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pipelines.functions import PRED_ARGUMENTS, batch_rows, call_by_name, describe_tree
-from pipelines.train import NAMES, cast_floats, check_rows, layout_of
+from pipelines.problem import NAMES, cast_floats, check_rows, layout_of
 from search import Plan
 from sharding_rules import Layout, TracedFunction, path_str, trace
 

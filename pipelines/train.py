@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -32,14 +31,25 @@ from pipelines.functions import (
     LOSS_ARGUMENTS,
     argument_names,
     batch_rows,
-    describe_tree,
     normalise_loss,
     tree_differences,
 )
+from pipelines.problem import (
+    InitialValues,
+    abstract_init,
+    abstract_key,
+    cast_floats,
+    check_rows,
+    init_values,
+    join_trainable,
+    layout_of,
+    split_trainable,
+    split_trainable_like,
+    trace_loss,
+)
 from search import Plan
-from sharding_rules import Layout, MeshShape, TracedFunction, make_layout, path_str, trace
+from sharding_rules import Layout, path_str
 
-NAMES = ("params", "batch", "rng", "state")
 STEP_STREAM = 2**31 - 1
 """Folded into the key for the steps, so that no step's key is one that `init_fn` drew by splitting."""
 
@@ -62,109 +72,6 @@ class TrainState:
     opt_state: Any
     model_state: Any
     rng: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class InitialValues:
-    """What `init_fn` makes, as shapes: `params` in the plan's dtype and `state` as it comes."""
-
-    params: Any
-    state: Any
-
-
-def abstract_init(loss_fn: Callable[..., Any], init_fn: Callable[..., Any], param_dtype: str) -> InitialValues:
-    """Shapes of the parameters and of the mutable state, without making them.
-
-    Raises:
-        ValueError: `init_fn` does not return `(params, state)` though `loss_fn` names `state`, or not only arrays.
-    """
-    takes_state = "state" in argument_names(loss_fn, LOSS_ARGUMENTS, role="loss_fn")
-    params, state = jax.eval_shape(_init_values(init_fn, takes_state, param_dtype), _abstract_key())
-    return InitialValues(params, state)
-
-
-def trace_loss(
-    loss_fn: Callable[..., Any], values: InitialValues, abstract_batch: Any, *, training: bool, compute_dtype: str
-) -> TracedFunction:
-    """Trace the normalised loss on abstract values; its arguments are called params, batch, rng and state.
-
-    An exception of the user's function keeps its type and gets a note that lists what the function was given.
-    """
-    loss = normalise_loss(loss_fn, training=training)
-    params = cast_floats(values.params, compute_dtype)
-    try:
-        return trace(loss, params, abstract_batch, _abstract_key(), values.state, names=NAMES)
-    except Exception as error:
-        error.add_note(
-            f"while tracing loss_fn with the parameters that init_fn makes ({describe_tree(params)}), "
-            f"a batch of ({describe_tree(abstract_batch)}) and a state of ({describe_tree(values.state)})"
-        )
-        raise
-
-
-def train_problem(
-    loss_fn: Callable[..., Any],
-    init_fn: Callable[..., Any],
-    optimizer: optax.GradientTransformation,
-    abstract_batch: Any,
-    compute_dtype: str,
-) -> tuple[TracedFunction, Any]:
-    """What the planner looks at: the loss traced on the whole global batch, and the optimizer state's shapes."""
-    values = abstract_init(loss_fn, init_fn, "float32")
-    traced = trace_loss(loss_fn, values, abstract_batch, training=True, compute_dtype=compute_dtype)
-    return traced, jax.eval_shape(optimizer.init, split_trainable(values.params)[0])
-
-
-def layout_of(traced: TracedFunction, plan: Plan) -> Layout:
-    """Lay a traced function out as the plan says."""
-    rules = tuple((pattern, P(*spec)) for pattern, spec in plan.rules)
-    return make_layout(traced, plan.mesh, plan.preset, rules=rules)
-
-
-def check_rows(rows: int, *, microbatches: int, mesh: MeshShape, what: str = "global batch") -> None:
-    """Refuse a batch that does not split over microbatches and data shards.
-
-    >>> check_rows(12, microbatches=1, mesh=MeshShape(data=8))
-    Traceback (most recent call last):
-    ValueError: a global batch of 12 examples does not split over 8 data shards (mesh data=8); nearest: 8 or 16
-
-    Raises:
-        ValueError: names the nearest sizes that work.
-    """
-    shards = mesh.batch_shards
-    unit = microbatches * shards
-    if rows and rows % unit == 0:
-        return
-    below, above = rows // unit * unit, -(-rows // unit) * unit or unit
-    over = f"{shards} data shards (mesh {mesh})"
-    over = over if microbatches == 1 else f"{microbatches} microbatches x {over} = {unit}"
-    verb = "is smaller than" if rows < unit else "does not split over"
-    raise ValueError(f"a {what} of {rows} examples {verb} {over}; nearest: {f'{below} or ' if below else ''}{above}")
-
-
-def cast_floats(tree: Any, dtype: str) -> Any:
-    """Cast the floating leaves of a tree; integers, booleans and keys stay as they are. Works on shapes too."""
-
-    def cast(x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype or jnp.finfo(x.dtype).bits < 16:
-            return x
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype))
-        return x.astype(dtype)
-
-    return jax.tree.map(cast, tree)
-
-
-def split_trainable(params: Any) -> tuple[Any, Any]:
-    """Part a tree into floating leaves and the rest, with None where the other has a leaf."""
-    inexact = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.inexact), params)
-    trainable = jax.tree.map(lambda x, ok: x if ok else None, params, inexact)
-    return trainable, jax.tree.map(lambda x, ok: None if ok else x, params, inexact)
-
-
-def join_trainable(trainable: Any, fixed: Any) -> Any:
-    """Undo `split_trainable`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trainable, fixed, is_leaf=lambda x: x is None)
 
 
 def build_train_program(
@@ -238,7 +145,7 @@ class TrainProgram:
         self.batch_shardings = self._shardings(layout.specs("batch"))
         trainable, _ = split_trainable(values.params)
         opt_state = jax.eval_shape(optimizer.init, trainable)
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), values.params, opt_state, values.state, _abstract_key())
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), values.params, opt_state, values.state, abstract_key())
         self.state_shardings = TrainState(
             self._replicated,
             self._param_shardings,
@@ -258,7 +165,7 @@ class TrainProgram:
             return TrainState(jnp.int32(0), params, opt_state, model_state, rng)
 
         def init(rng: jax.Array) -> TrainState:
-            params, model_state = _init_values(init_fn, takes_state, plan.param_dtype)(rng)
+            params, model_state = init_values(init_fn, takes_state, plan.param_dtype)(rng)
             return fresh(params, model_state, jax.random.fold_in(rng, STEP_STREAM))
 
         self._jit_init = jax.jit(init, out_shardings=self.state_shardings)
@@ -487,11 +394,6 @@ def update_if(ok: jax.Array, update: Callable[[Any], Any], old: Any, *, branch: 
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), same_dtypes(old), old)
 
 
-def split_trainable_like(tree: Any, params: Any) -> Any:
-    """The part of `tree` (structured as `params`) that belongs to trainable parameters, None elsewhere."""
-    return jax.tree.map(lambda p, x: x if jnp.issubdtype(p.dtype, jnp.inexact) else None, params, tree)
-
-
 def applied_rates(
     learning_rate: Callable[[Any], Any] | None, state: TrainState, opt_state: Any
 ) -> dict[str, jax.Array]:
@@ -515,28 +417,3 @@ def applied_rates(
 
 def _is_multi_steps(x: Any) -> bool:
     return isinstance(x, optax.MultiStepsState)
-
-
-def _init_values(init_fn: Callable[..., Any], takes_state: bool, param_dtype: str) -> Callable[[Any], tuple[Any, Any]]:
-    def values(rng: jax.Array) -> tuple[Any, Any]:
-        made = init_fn(rng)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(made):
-            if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
-                raise ValueError(
-                    f"init_fn returned a {type(leaf).__name__} at {path_str(path) or 'its top'!r}: every leaf must be "
-                    "an array. Of a model object that also holds functions or settings, keep those aside "
-                    "(equinox.partition, nnx.split) and join them again in loss_fn"
-                )
-        if not takes_state:
-            return cast_floats(made, param_dtype), {}
-        if not (isinstance(made, tuple) and len(made) == 2):
-            raise ValueError(
-                f"loss_fn names `state`, so init_fn(rng) returns (params, state); it returned a {type(made).__name__}"
-            )
-        return cast_floats(made[0], param_dtype), made[1]
-
-    return values
-
-
-def _abstract_key() -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(jax.random.key, 0)

@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 
 from pipelines import TrainProgram, TrainState, build_train_program, resolve_plan
 from pipelines.functions import LOSS_ARGUMENTS, argument_names, batch_rows
+from pipelines.problem import check_rows, train_problem
 from pipelines.resolve import memory_bytes_per_device
-from pipelines.train import check_rows, train_problem
 from redco_like.checkpoint import CheckpointStore
 from redco_like.data import DataLoader, Piece, collate, from_whole, process_rows, sequential, sharded
 from redco_like.deployer import Deployer

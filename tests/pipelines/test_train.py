@@ -22,7 +22,8 @@ from small_models import (
 
 from pipelines import build_train_program
 from pipelines import train as train_module
-from pipelines.train import cast_floats, check_rows, join_trainable, split_trainable, update_if
+from pipelines.problem import cast_floats, check_rows, join_trainable, split_trainable
+from pipelines.train import update_if
 from search import Plan
 from sharding_rules import MeshShape, make_mesh
 
