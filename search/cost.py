@@ -15,6 +15,11 @@ With M microbatches, C and X the seconds of compute and of collectives that may 
 
 A *placement* says which mesh axes split which rows, and with it the traffic; within a placement only the split of the
 batch between data and fsdp, the rematerialisation and the microbatches vary, so that work is counted once for all.
+
+Not costed, though the compiled step has it: what moves where a split is misaligned (fused gate and up weights), where
+tensor is larger than the heads of keys (queries move to them), and where tokens are sorted over the whole batch. Over
+context the cost is that of gathering keys and values; XLA may gather queries and sum the outputs instead. Gradients are
+all-reduced once per step, also with microbatches.
 """
 
 from __future__ import annotations
