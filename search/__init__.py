@@ -8,6 +8,8 @@ from search.mapping import order_axes, order_nodes
 from search.memory import StepBytes, activation_bytes, step_bytes
 from search.plan import Plan
 from search.schedules import Schedule, make_schedule, simulate
+from search.solver import solve
+from search.space import Space, TracedModel
 from search.stages import cut_layers, cut_pipeline
 
 __all__ = [
@@ -15,7 +17,9 @@ __all__ = [
     "Cluster",
     "Plan",
     "Schedule",
+    "Space",
     "StepBytes",
+    "TracedModel",
     "activation_bytes",
     "auto_plan",
     "collective_seconds",
@@ -27,5 +31,6 @@ __all__ = [
     "order_nodes",
     "parse_cluster",
     "simulate",
+    "solve",
     "step_bytes",
 ]
