@@ -200,9 +200,8 @@ class Pinner:
     def _gathered(self, scope: Scope, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         """Pin weights where they meet an activation, which gathers their fsdp shards.
 
-        Their gradients are left to the compiler: it makes reduce-scatters of them where they are stored. Pinning a
-        gradient to the weight's split at rest makes XLA:TPU choose windowed loops instead, and costs a quarter more
-        temporaries (compiled, a model like that of `benchmarks/pinning.py`: 2,018 against 1,583 MB).
+        Their gradients are left to the compiler, which makes reduce-scatters of them where they are stored. Pinning a
+        gradient to the weight's split at rest as well makes XLA:TPU choose windowed loops, which take more temporaries.
         """
         origins = [0 if isinstance(atom, Literal) else scope.origin[atom] for atom in eqn.invars]
         if not any(origin & BATCH for origin in origins):

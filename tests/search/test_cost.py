@@ -249,6 +249,11 @@ def compiled_bytes(model, inner, fsdp):
     return found
 
 
+def missed(*case, why):
+    """A case that the cost model gets wrong by more than the bar; it fails when that is mended."""
+    return pytest.param(*case, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=why))
+
+
 @pytest.mark.parametrize(
     "name, sizes, fsdp",
     [
@@ -264,6 +269,13 @@ def compiled_bytes(model, inner, fsdp):
         ("gpt2", {"batch_shards": 4, "tensor": 2}, 1),
         ("mlp", {"batch_shards": 4, "tensor": 2}, 1),
         ("resnet", {"batch_shards": 8}, 1),
+        missed("gpt2", {"batch_shards": 8}, 8, why="10.5 % off: likely the tied table's two gradients, summed apart"),
+        missed(
+            "llama_unrolled", {"batch_shards": 2, "context": 4}, 1, why="XLA splits the keys' length, not the queries'"
+        ),
+        missed(
+            "llama_unrolled", {"tensor": 8}, 1, why="moving queries to more shards than keys have heads is not costed"
+        ),
     ],
 )
 def test_bytes_of_collectives_are_those_of_the_compiled_step(name, sizes, fsdp):

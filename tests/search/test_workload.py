@@ -170,7 +170,17 @@ def test_flops_agree_with_xla_before_fusion(name):
     assert workload(traced).flops == pytest.approx(expected["flops"], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["mlp", "vit_reshape", "unet", "moe_one_hot", "t5"])
+MISSED = {"gpt2": 12, "mixer": 5, "resnet": 5, "encoder_linen": 4}
+"""Models of width 32 and below that are off by so many percent: XLA for CPUs computes cheap operands twice."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mlp", "vit_reshape", "unet", "moe_one_hot", "t5"),
+        *(pytest.param(n, marks=pytest.mark.xfail(strict=True, raises=AssertionError)) for n in MISSED),
+    ],
+)
 def test_flops_agree_with_the_compiled_step(name):
     traced = traced_model(name)
     compiled = jax.jit(jax.value_and_grad(zoo.MODELS[name].loss)).lower(*traced.args).compile()
