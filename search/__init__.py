@@ -9,8 +9,9 @@ from search.memory import StepBytes, activation_bytes, step_bytes
 from search.plan import Plan
 from search.schedules import Schedule, make_schedule, simulate
 from search.solver import solve
-from search.space import Space, TracedModel
+from search.space import Space
 from search.stages import cut_layers, cut_pipeline
+from search.traced_model import TracedModel
 
 __all__ = [
     "Accelerator",

@@ -14,9 +14,11 @@ import zoo
 
 from search.cluster import parse_cluster
 from search.collectives import collective_seconds
-from search.cost import Columns, CostModel, Efficiency, Flow, Placement
+from search.cost import Columns, CostModel, Flow, Placement
+from search.efficiency import Efficiency
 from search.memory import step_bytes
-from search.space import Inner, Space, TracedModel
+from search.space import Inner, Space
+from search.traced_model import TracedModel
 from search.workload import Array, Op, Workload
 from sharding_rules import AXES, FSDP, TENSOR, MeshShape, PlanError, make_layout, make_mesh, trace
 

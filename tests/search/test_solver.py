@@ -10,7 +10,8 @@ import pytest
 from test_cost import model_of
 
 from search.cluster import Cluster, parse_cluster
-from search.cost import Columns, CostModel, Efficiency, Flow, Placement
+from search.cost import Columns, CostModel, Flow, Placement
+from search.efficiency import Efficiency
 from search.solver import solve
 from search.space import Space
 from search.workload import Array, Op, Workload

@@ -1,0 +1,227 @@
+"""A traced loss as something to plan: its placements, its traffic, its bytes.
+
+model = TracedModel(traced, abstract_opt_state, cluster)
+model.place(inner)                                 # a Placement, or the reason why there is none
+model.activation_bytes(placement, "full")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from search.cluster import Cluster
+from search.cost import CostModel, Placement
+from search.efficiency import Efficiency
+from search.memory import activation_bytes
+from search.plan import Remat
+from search.space import Inner, divisors
+from search.traffic import ActivationTraffic, param_flows
+from search.workload import Workload, workload
+from sharding_rules import AXES, FSDP, Layout, MeshShape, PlanError, TracedFunction, make_layout, tree_paths
+from sharding_rules.axes import leaves
+from sharding_rules.partition import param_shares, tree_bytes
+
+REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class _ParamClass:
+    """Parameters that are split alike: same axes and shape."""
+
+    path: str
+    dims: Any
+    elements: int
+    count: int
+    itemsize: int
+    floating: bool
+    trips: int
+    optimizer_bytes: int
+
+
+class TracedModel:
+    """A traced loss as something to plan.
+
+    Args:
+        traced: the loss on the whole global batch, with arguments `params` and `batch`.
+        abstract_opt_state: shapes of the optimizer's state.
+        cluster: accelerators and links.
+        efficiency: constants of the cost model.
+        param_dtype: dtype of the stored parameters; gradients are summed in float32 or wider.
+        fused_attention: cost attention as one operation.
+        remats: which rematerialisations to consider.
+    """
+
+    def __init__(
+        self,
+        traced: TracedFunction,
+        abstract_opt_state: Any,
+        cluster: Cluster,
+        *,
+        efficiency: Efficiency | None = None,
+        param_dtype: str = "float32",
+        fused_attention: bool = False,
+        remats: Sequence[Remat] = REMATS,
+    ):
+        self.layout = make_layout(traced, MeshShape(), "data")
+        self.works: dict[Remat, Workload] = {
+            r: workload(traced, remat=r, fused_attention=fused_attention) for r in remats
+        }
+        batch_rows = [row.name for row in self.layout.rows.rows if row.role == "batch"]
+        self.costs = CostModel(cluster, self.works, batch_rows=batch_rows, efficiency=efficiency)
+        arrays = jax.tree.leaves(traced.arg("batch"))
+        self.batch = max((x.shape[0] for x in arrays if x.shape), default=1)
+        ids = [math.prod(x.shape) for x in arrays if jnp.issubdtype(x.dtype, jnp.integer) and len(x.shape) > 1]
+        self.tokens = max(ids, default=self.batch)
+        self.has_experts = any(row.role == "expert" for row in self.layout.rows.rows)
+        self.dtypes = {"param_dtype": param_dtype, "compute_dtype": self.costs.dtype}
+        self.merges = cluster.accelerator.kind != "cpu"
+        """Whether products of one activation share the sum of its gradient; XLA for CPUs sums each alone."""
+        self.opt_state = abstract_opt_state
+        self.width = jnp.dtype(param_dtype).itemsize
+        self._traffic = ActivationTraffic(
+            self.layout, self.works, activation_width=_itemsize(self.costs.dtype), merges=self.merges
+        )
+        self._classes, self._whole_optimizer = self._param_classes()
+        self._placed: dict[Inner, Placement | str] = {}
+        self._kept: dict[tuple[int, ...], Any] = {}
+        self._activations: dict[tuple[Inner, str], int] = {}
+
+    # Placing.
+
+    def place(self, inner: Inner) -> Placement | str:
+        """The placement of some inner sizes, or the reason why it is not legal."""
+        if inner not in self._placed:
+            self._placed[inner] = self._place(inner)
+        return self._placed[inner]
+
+    def _place(self, inner: Inner) -> Placement | str:
+        mesh = inner.mesh()
+        if self.batch % mesh.batch_shards:
+            return f"a batch of {self.batch} does not split over {mesh.batch_shards} devices"
+        try:
+            layout = self.layout.on(mesh, inner.preset())
+        except PlanError as error:
+            return str(error)
+        if inner.sequence and not layout.assignment.spill:
+            return f"no length divides by tensor={inner.tensor}"
+        rows = self.layout.rows.rows
+        compute = np.array([[axis in layout.assignment.compute.get(row.name, ()) for axis in AXES] for row in rows])
+        spill = np.array([[axis in layout.assignment.spill.get(row.name, ()) for axis in AXES] for row in rows])
+        beyond = [
+            row.role == "kv_heads" and compute[i, -1] and row.size % inner.tensor > 0 for i, row in enumerate(rows)
+        ]
+        sizes = tuple(divisors(inner.batch_shards))
+        kept = [self._kept_bytes(layout, inner, fsdp) for fsdp in sizes]
+        params, gradients, optimizer = np.array([k[0] for k in kept], np.float64).T
+        place = Placement(
+            expert=inner.expert,
+            context=inner.context,
+            tensor=inner.tensor,
+            batch_shards=inner.batch_shards,
+            sequence=inner.sequence,
+            rows=compute,
+            spill=spill,
+            beyond=np.array(beyond),
+            groups=np.array([row.role == "groups" for row in rows]),
+            fsdp_sizes=sizes,
+            flows=(),
+            # Reads everything once and writes parameters and state back.
+            optimizer_bytes=2 * params + gradients + 2 * optimizer,
+            gradient_bytes=gradients,
+            kept_bytes=params + gradients + optimizer,
+            payload=(inner, layout),
+        )
+        flows = [*self._traffic.flows(place), *param_flows([k[1] for k in kept])]
+        return dataclasses.replace(place, flows=tuple(flows))
+
+    def activation_bytes(self, place: Placement, remat: str) -> int:
+        inner, layout = place.payload
+        if (inner, remat) not in self._activations:
+            self._activations[inner, remat] = activation_bytes(layout, remat)
+        return self._activations[inner, remat]
+
+    # Parameters.
+
+    def _param_classes(self) -> tuple[list[_ParamClass], bool]:
+        """Classes of parameters, and whether every optimizer leaf is shaped like its parameter or has one element."""
+        layout = self.layout
+        paths = layout.table.paths(layout.params)
+        params = dict(zip(paths, jax.tree.leaves(layout.traced.arg(layout.params)), strict=True))
+        optimizer: dict[str, int] = {}
+        regular = True
+        for path, leaf in zip(tree_paths(self.opt_state), jax.tree.leaves(self.opt_state), strict=True):
+            parts = path.split("/")
+            owner = next((o for i in range(len(parts)) if (o := "/".join(parts[i:])) in params), None)
+            if owner is not None and leaf.shape == params[owner].shape:
+                optimizer[owner] = optimizer.get(owner, 0) + leaf.dtype.itemsize
+            elif math.prod(leaf.shape) > 1:
+                regular = False
+        found: dict[Any, _ParamClass] = {}
+        for path, dims in zip(paths, layout.table.inputs(layout.params), strict=True):
+            leaf = params[path]
+            rows = [[layout.rows.of(axis) for axis in leaves(dim)] for dim in dims]
+            names = tuple(
+                tuple((r.name if r else "", a.size) for r, a in zip(rs, leaves(d), strict=True))
+                for rs, d in zip(rows, dims, strict=True)
+            )
+            segmented = any(axis.segments is not None for dim in dims for axis in leaves(dim))
+            key = (names, leaf.dtype, optimizer.get(path, 0), path if segmented else "")
+            trips = math.prod(r.size for dim in rows for r in dim if r is not None and r.role == "layers")
+            made = found.get(key)
+            found[key] = (
+                dataclasses.replace(made, count=made.count + 1)
+                if made
+                else _ParamClass(
+                    path,
+                    dims,
+                    math.prod(leaf.shape),
+                    1,
+                    leaf.dtype.itemsize,
+                    bool(jnp.issubdtype(leaf.dtype, jnp.floating)),
+                    trips,
+                    optimizer.get(path, 0),
+                )
+            )
+        return list(found.values()), not regular
+
+    def _kept_bytes(self, layout: Layout, inner: Inner, fsdp: int) -> tuple[tuple[int, int, int], dict[Any, float]]:
+        """Bytes of parameters, gradients and optimizer on a device, as `step_bytes` has them, and traffic by class."""
+        key = (inner.tensor, inner.context, inner.expert, fsdp)
+        if key in self._kept:
+            return self._kept[key]
+        mesh = inner.mesh(fsdp)
+        assignment = dataclasses.replace(layout.assignment, mesh=mesh, storage=fsdp > 1)
+        elements = optimizer = 0
+        traffic: dict[Any, float] = {}
+        for c in self._classes:
+            compute, rest = param_shares(assignment, c.path, c.dims)
+            held = c.count * (c.elements // assignment.ways([a for entry in rest.entries for a in entry]))
+            elements += held
+            optimizer += held * c.optimizer_bytes
+            split = tuple(axis for axis in AXES if any(axis in entry for entry in compute.entries))
+            gathered = any(FSDP in entry for entry in rest.entries) and FSDP not in split
+            use = (split, gathered, c.trips, c.floating, c.itemsize)
+            traffic[use] = traffic.get(use, 0.0) + c.count * c.elements * c.itemsize
+        if self._whole_optimizer:
+            full = self.layout.on(mesh, inner.preset(fsdp))
+            optimizer = tree_bytes(self.opt_state, full.state_specs(self.opt_state), mesh)
+        else:
+            small = (x for x in jax.tree.leaves(self.opt_state) if math.prod(x.shape) <= 1)
+            optimizer += sum(x.dtype.itemsize for x in small) - self._scalars_counted()
+        self._kept[key] = ((elements * self.width, elements * max(self.width, 4), optimizer), traffic)
+        return self._kept[key]
+
+    def _scalars_counted(self) -> int:
+        """Bytes of optimizer leaves of one element that belong to parameters of one element."""
+        return sum(c.optimizer_bytes * c.count for c in self._classes if c.elements <= 1)
+
+
+def _itemsize(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize
