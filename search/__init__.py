@@ -4,6 +4,7 @@ from search.accelerators import Accelerator, find_accelerator
 from search.auto import auto_plan
 from search.cluster import Cluster, parse_cluster
 from search.collectives import collective_seconds
+from search.estimate import Estimate
 from search.mapping import order_axes, order_nodes
 from search.memory import StepBytes, activation_bytes, step_bytes
 from search.plan import Plan
@@ -16,6 +17,7 @@ from search.traced_model import TracedModel
 __all__ = [
     "Accelerator",
     "Cluster",
+    "Estimate",
     "Plan",
     "Schedule",
     "Space",

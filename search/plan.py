@@ -9,12 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from search.estimate import Estimate
+from search.schedules import ScheduleName
 from sharding_rules import AXES, MeshShape
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+READABLE = (1, 2)
+"""Versions that are read; what the first one lacks is at its default."""
 Remat = Literal["none", "dots", "full"]
+Vocab = Literal["ends", "spread"]
+Offload = Literal["optimizer", "activations", "params"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Rule = tuple[str, tuple[Any, ...]]
 """A path pattern and the mesh axes of each dimension, such as `("blocks/.*/kernel", ("fsdp", "tensor"))`."""
@@ -30,9 +37,20 @@ class Plan:
         rules: overrides by parameter path, applied over the preset.
         microbatches: number of sequential parts the global batch is split into; gradients are summed.
         remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
+        schedule: of pipeline stages, where mesh.stage > 1.
+        chunks: virtual stages per rank of the interleaved schedule.
+        vocab: where a pipeline has the embedding and the head: at its ends, or spread over all stages (Vocabulary
+            Parallelism, Yeung et al. 2024, arXiv 2411.05288).
+        optimizer_sharding: the optimizer's state is also split over data (ZeRO-1, Rajbhandari et al. 2020).
+        regather: parameters split over fsdp are gathered for each use; False: once per microbatch, and kept until its
+            backward pass ends (ZeRO-2 in what moves, more memory).
+        offload: what lies in the host's memory while it is not used.
+        order: mesh axes larger than 1, outermost (slowest links) first; empty: the order of `sharding_rules.AXES`.
         param_dtype, compute_dtype, accum_dtype: dtype of stored parameters, of the forward and backward pass, and of
             the gradient sum over microbatches.
         reason: one line on why this plan was taken.
+        estimate, problem: what is expected of it, and what it was made for (model, cluster, sequence, batch, ...); not
+            compared, and not needed to run it.
     """
 
     mesh: MeshShape
@@ -40,21 +58,58 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     microbatches: int = 1
     remat: Remat = "none"
+    schedule: ScheduleName = "1f1b"
+    chunks: int = 1
+    vocab: Vocab = "ends"
+    optimizer_sharding: bool = False
+    regather: bool = True
+    offload: tuple[Offload, ...] = ()
+    order: tuple[str, ...] = ()
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     accum_dtype: str = "float32"
     reason: str = ""
     version: int = PLAN_VERSION
+    estimate: Estimate | None = dataclasses.field(default=None, compare=False, repr=False)
+    problem: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
-        if self.remat not in get_args(Remat):
-            raise ValueError(f"remat={self.remat!r}; one of {', '.join(get_args(Remat))}")
-        if not isinstance(self.microbatches, int) or self.microbatches < 1:
-            raise ValueError(f"microbatches={self.microbatches!r}; a whole number from 1 up")
+        for name, choices in (("remat", Remat), ("schedule", ScheduleName), ("vocab", Vocab)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r}; one of {', '.join(get_args(choices))}")
+        for name in ("microbatches", "chunks"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}; a whole number from 1 up")
+        if self.chunks > 1 and self.schedule != "interleaved":
+            raise ValueError(f"chunks={self.chunks} with the schedule {self.schedule}; only interleaved has chunks")
+        for name, choices in (("offload", get_args(Offload)), ("order", AXES)):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            for entry in getattr(self, name):
+                if entry not in choices:
+                    raise ValueError(f"{name}: {entry!r}; among {', '.join(choices)}")
+        if self.order and set(self.order) != {axis for axis, size in self.mesh.sizes.items() if size > 1}:
+            raise ValueError(f"order={self.order} is not the axes of the mesh {self.mesh} that are larger than 1")
         for name in ("param_dtype", "compute_dtype", "accum_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name}={getattr(self, name)!r}; one of {', '.join(DTYPES)}")
         object.__setattr__(self, "rules", tuple(_rule(rule) for rule in self.rules))
+
+    @property
+    def planned(self) -> tuple[str, ...]:
+        """What of the plan the step cannot run yet, in words."""
+        parts = []
+        if self.mesh.stage > 1:
+            chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
+            parts.append(f"stage={self.mesh.stage} ({self.schedule}{chunks})")
+            parts += ["the vocabulary spread over the stages"] if self.vocab == "spread" else []
+        parts += ["an optimizer sharded over data"] if self.optimizer_sharding and self.mesh.data > 1 else []
+        parts += ["parameters gathered once per microbatch"] if not self.regather and self.mesh.fsdp > 1 else []
+        parts += [f"{what} offloaded to the host" for what in self.offload]
+        parts += [f"mesh axes in the order {', '.join(self.order)}"] if self.order != self._plain_order() else []
+        return tuple(parts)
+
+    def _plain_order(self) -> tuple[str, ...]:
+        return tuple(axis for axis, size in self.mesh.sizes.items() if size > 1) if self.order else ()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -72,9 +127,9 @@ class Plan:
             raise ValueError(f"the plan is not JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError("the plan is not a JSON object")
-        if record.get("version") != PLAN_VERSION:
+        if record.get("version") not in READABLE:
             raise ValueError(
-                f"the plan has version {record.get('version')!r}; this program reads version {PLAN_VERSION}"
+                f"the plan has version {record.get('version')!r}; this program reads {', '.join(map(str, READABLE))}"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(record) - known)
@@ -85,7 +140,15 @@ class Plan:
         foreign = sorted(set(record["mesh"]) - set(AXES))
         if foreign:
             raise ValueError(f"the plan's mesh has an unknown mesh axis {foreign[0]!r} (axes: {', '.join(AXES)})")
-        return cls(**{**record, "mesh": MeshShape(**record["mesh"])})
+        estimate = record.get("estimate")
+        return cls(
+            **{
+                **record,
+                "version": PLAN_VERSION,
+                "mesh": MeshShape(**record["mesh"]),
+                "estimate": Estimate.from_record(estimate) if estimate is not None else None,
+            }
+        )
 
     def save(self, path: str | pathlib.Path) -> None:
         pathlib.Path(path).write_text(self.to_json() + "\n")
@@ -102,7 +165,7 @@ class Plan:
         return {
             field.name: (getattr(self, field.name), getattr(other, field.name))
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
+            if field.compare and getattr(self, field.name) != getattr(other, field.name)
         }
 
 
