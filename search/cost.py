@@ -42,6 +42,8 @@ from sharding_rules import AXES, DATA, FSDP, MeshShape
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 PRODUCTS = ("dot", "conv", "ragged")
+Region = Literal["layers", "first", "last"]
+"""Parts of a model: its repeated layers, what comes before them (the embedding) and what comes after (the head)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Flow:
         batch: whether the buffer shrinks with the number of microbatches.
         count: times per microbatch or step, by rematerialisation ("" for all).
         summed_bytes: instead of `bytes` with more than one microbatch (gradients summed in a wider dtype).
+        region: the part of the model it belongs to: the repeated layers, which pipeline stages share out, or the rest.
     """
 
     kind: Kind
@@ -69,6 +72,7 @@ class Flow:
     batch: bool
     count: Mapping[str, float]
     summed_bytes: float | Floats | None = None
+    region: Region = "layers"
 
     def __post_init__(self):
         if self.phase == "step" and self.batch:
