@@ -5,6 +5,7 @@ print(layout.explain())
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -24,34 +25,16 @@ def explain(layout: Layout, abstract_opt_state: Any = None) -> str:
     text = [f"mesh {mesh} ({mesh.size} device{'s' if mesh.size > 1 else ''})", ""]
 
     rows = [("axis", "size", "count", "split over", "found in")]
-    where = _where(layout)
-    axes_of: dict[tuple[str, int, str, str], int] = {}
-    for row in layout.rows.rows:
-        axes = [a for a in assignment.compute.get(row.name, ()) if mesh.sizes[a] > 1]
-        axes += [f"{a} between blocks" for a in assignment.spill.get(row.name, ()) if mesh.sizes[a] > 1]
-        # What only intermediate results have matters where it is split.
-        if row.role in {"segment", "fused", "window"} or not (axes or row.name in where):
-            continue
-        key = (_row_name(row), row.size, " x ".join(axes) or "-", where.get(row.name, "activations"))
-        axes_of[key] = axes_of.get(key, 0) + len(row.axes)
-    rows += [(name, str(size), str(count), axes, found) for (name, size, axes, found), count in axes_of.items()]
+    rows += [(a.name, str(a.size), str(a.count), a.split or "-", a.found) for a in axis_lines(layout)]
     text += [*_columns(rows), ""]
 
-    lines: dict[tuple, list[int]] = {}
     whole: dict[tuple[str, str], list[int]] = {}
     moved: dict[str, int] = {}
-    total = 0
     abstract = jax.tree.leaves(layout.traced.arg(layout.params))
     dims_of = layout.table.inputs(layout.params)
     for (path, (compute, rest)), leaf, dims in zip(layout.param_shares.items(), abstract, dims_of, strict=True):
         size = bytes_per_device(leaf, rest.entries, mesh)
-        total += size
-        generic = re.sub(r"(?<![^/])\d+(?![^/])", "*", path)
-        names = " ".join(_dim_name(layout, dim) for dim in dims)
-        key = (generic, str(tuple(leaf.shape)), names, _spec(rest.entries), _spec(compute.entries))
-        entry = lines.setdefault(key, [0, 0])
-        entry[0] += 1
-        entry[1] += size
+        generic = _generic(path)
         if mesh.size > 1 and not any(rest.entries):
             reason = rest.reasons[-1] if rest.reasons else _why_whole(layout, dims)
             entry = whole.setdefault((generic, reason), [0, 0])
@@ -60,17 +43,14 @@ def explain(layout: Layout, abstract_opt_state: Any = None) -> str:
         if rest.misaligned and any(rest.entries[i] for i in rest.misaligned):
             moved[generic] = moved.get(generic, 0) + bytes_per_device(leaf, compute.entries, mesh)
     table = [("parameter", "shape", "axes", "at rest", "in use", "bytes/device")]
-    for (generic, shape, names, rest, compute), (count, size) in lines.items():
+    params = param_lines(layout)
+    for line in params:
+        number = f" ({line.count})" if line.count > 1 else ""
+        in_use = "same" if line.at_rest == line.in_use else line.in_use
         table.append(
-            (
-                generic + (f" ({count})" if count > 1 else ""),
-                shape,
-                names,
-                rest,
-                "same" if rest == compute else compute,
-                format_bytes(size),
-            )
+            (line.path + number, str(line.shape), line.axes, line.at_rest, in_use, format_bytes(line.bytes_per_device))
         )
+    total = sum(line.bytes_per_device for line in params)
     text += [*_columns(table), f"parameters: {format_bytes(total)} per device"]
     left: list[str] = []
     if abstract_opt_state is not None:
@@ -104,6 +84,83 @@ def explain(layout: Layout, abstract_opt_state: Any = None) -> str:
     if layout.table.notes:
         text += ["not aligned:", *(f"  {note}" for note in dict.fromkeys(layout.table.notes)), ""]
     return "\n".join(text).rstrip()
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisLine:
+    """A line of the table of axes: rows that are named, sized, split and found alike.
+
+    Attributes:
+        name, size: of the rows; each axis has `size` elements.
+        count: axes of these rows.
+        split: mesh axes in words; empty where it is whole.
+        found: arguments that have it, or "activations".
+    """
+
+    name: str
+    size: int
+    count: int
+    split: str
+    found: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamLine:
+    """A line of the table of parameters: those of repeated layers together.
+
+    Attributes:
+        path: with `*` for numbers.
+        count: parameters.
+        shape, axes: of one; its logical axes in words.
+        at_rest, in_use: its spec in words, "whole" where no mesh axis splits it.
+        bytes_per_device: of all of them, at rest.
+    """
+
+    path: str
+    count: int
+    shape: tuple[int, ...]
+    axes: str
+    at_rest: str
+    in_use: str
+    bytes_per_device: int
+
+
+def axis_lines(layout: Layout) -> list[AxisLine]:
+    """List the logical axes and the mesh axes that split them."""
+    mesh, assignment = layout.mesh_shape, layout.assignment
+    where = _where(layout)
+    counts: dict[tuple[str, int, str, str], int] = {}
+    for row in layout.rows.rows:
+        axes = [a for a in assignment.compute.get(row.name, ()) if mesh.sizes[a] > 1]
+        axes += [f"{a} between blocks" for a in assignment.spill.get(row.name, ()) if mesh.sizes[a] > 1]
+        # What only intermediate results have matters where it is split.
+        if row.role in {"segment", "fused", "window"} or not (axes or row.name in where):
+            continue
+        key = (_row_name(row), row.size, " x ".join(axes), where.get(row.name, "activations"))
+        counts[key] = counts.get(key, 0) + len(row.axes)
+    return [AxisLine(name, size, count, split, found) for (name, size, split, found), count in counts.items()]
+
+
+def param_lines(layout: Layout) -> list[ParamLine]:
+    """List the parameters with their specs and bytes."""
+    counts: dict[tuple, list[int]] = {}
+    abstract = jax.tree.leaves(layout.traced.arg(layout.params))
+    dims_of = layout.table.inputs(layout.params)
+    for (path, (compute, rest)), leaf, dims in zip(layout.param_shares.items(), abstract, dims_of, strict=True):
+        names = " ".join(_dim_name(layout, dim) for dim in dims)
+        key = (_generic(path), tuple(leaf.shape), names, _spec(rest.entries), _spec(compute.entries))
+        entry = counts.setdefault(key, [0, 0])
+        entry[0] += 1
+        entry[1] += bytes_per_device(leaf, rest.entries, layout.mesh_shape)
+    return [
+        ParamLine(path, count, shape, names, at_rest, in_use, size)
+        for (path, shape, names, at_rest, in_use), (count, size) in counts.items()
+    ]
+
+
+def _generic(path: str) -> str:
+    """A path with `*` for numbers."""
+    return re.sub(r"(?<![^/])\d+(?![^/])", "*", path)
 
 
 def _where(layout: Layout) -> dict[str, str]:
