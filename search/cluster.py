@@ -35,6 +35,7 @@ from search.accelerators import (
     positive,
     whole,
 )
+from search.efficiency import Efficiency
 
 CLUSTER_VERSION = 1
 
@@ -120,6 +121,7 @@ class Cluster:
         torus: the links of a TPU slice.
         node_bytes_per_second: measured bandwidth from node (row) to node (column), or None.
         node_names: of the rows.
+        efficiency: what its devices attain, where that was measured; None leaves it to the cost model.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Cluster:
     torus: Torus | None = None
     node_bytes_per_second: tuple[tuple[float, ...], ...] | None = None
     node_names: tuple[str, ...] = ()
+    efficiency: Efficiency | None = None
     version: int = CLUSTER_VERSION
 
     def __post_init__(self):
@@ -199,6 +202,7 @@ class Cluster:
             "accelerator": build(Accelerator, record.get("accelerator"), "accelerator"),
             "tiers": tuple(build(Tier, tier, "tier") for tier in record.get("tiers", ())),
             "torus": build(Torus, record["torus"], "torus") if record.get("torus") else None,
+            "efficiency": _efficiency(record.get("efficiency"), "efficiency"),
         }
         return build(cls, record, "cluster")
 
@@ -211,7 +215,8 @@ def parse_cluster(text: str | pathlib.Path) -> Cluster:
 
     A TOML file has `accelerator` (a name, or a table with `base` and what differs) and one of: `cluster` (a string as
     above, to start from), `[[tiers]]` (see `Tier`), `[torus]` (see `Torus`). `[nodes]` adds a measured matrix:
-    `bytes_per_second` (rows send), `devices_per_node`, and optionally `names`.
+    `bytes_per_second` (rows send), `devices_per_node`, and optionally `names`. `[efficiency]` sets constants of
+    `search.efficiency.Efficiency`, as `redco_like.profile` measures them; those left out keep their defaults.
 
     >>> parse_cluster("16x8xA100-80").devices, parse_cluster("v5p-128").torus.dims
     (128, (4, 4, 4))
@@ -395,7 +400,7 @@ def _read_file(path: pathlib.Path) -> Cluster:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"cluster file {path} is not TOML: {error}") from None
     where = f"cluster file {path}"
-    known_keys(record, ("name", "cluster", "accelerator", "tiers", "torus", "nodes"), where)
+    known_keys(record, ("name", "cluster", "accelerator", "tiers", "torus", "nodes", "efficiency"), where)
     if sum(key in record for key in ("cluster", "tiers", "torus")) == 0 and "nodes" not in record:
         raise ValueError(f"{where} has no links; give one of cluster, [[tiers]], [torus] or [nodes]")
     start = parse_cluster(record["cluster"]) if "cluster" in record else None
@@ -416,7 +421,25 @@ def _read_file(path: pathlib.Path) -> Cluster:
     matrix, names = None, ()
     if "nodes" in record:
         matrix, names, tiers = _file_nodes(record["nodes"], accelerator, tiers, where)
-    return Cluster(record.get("name", path.stem), accelerator, tiers, torus, matrix, names)
+    efficiency = _efficiency(record.get("efficiency"), f"{where}: efficiency")
+    return Cluster(record.get("name", path.stem), accelerator, tiers, torus, matrix, names, efficiency)
+
+
+def _efficiency(entry: Any, where: str) -> Efficiency | None:
+    """From a table; `launch_seconds` is a table by kind of accelerator (TOML) or its items (JSON)."""
+    if entry is None:
+        return None
+    launches = entry.get("launch_seconds") if isinstance(entry, dict) else None
+    if launches is not None:
+        items = launches.items() if isinstance(launches, dict) else launches
+        known = dict(Efficiency().launch_seconds)
+        known_keys(dict(items), known, f"{where}: launch_seconds")
+        entry = {**entry, "launch_seconds": tuple((known | dict(items)).items())}
+    made = build(Efficiency, entry, where)
+    for field in dataclasses.fields(made):
+        if isinstance(value := getattr(made, field.name), int | float):
+            positive(value, f"{where}: {field.name}")
+    return made
 
 
 def _file_accelerator(entry: Any, start: Cluster | None, where: str) -> Accelerator:

@@ -247,7 +247,7 @@ class CostModel:
         cluster: accelerators and links.
         works: rematerialisation -> workload of the step on the global batch; all have the same rows.
         batch_rows: names of the rows that are split into microbatches.
-        efficiency: constants.
+        efficiency: constants; default those that the cluster's file has measured.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class CostModel:
         efficiency: Efficiency | None = None,
     ):
         self.cluster = cluster
-        self.efficiency = efficiency or Efficiency()
+        self.efficiency = efficiency or cluster.efficiency or Efficiency()
         self.remats: tuple[Remat, ...] = tuple(works)
         self.row_names = tuple(next(iter(works.values())).rows)
         is_batch = np.isin(self.row_names, list(batch_rows))

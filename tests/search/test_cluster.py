@@ -7,6 +7,9 @@ import pytest
 
 from search.accelerators import accelerators, find_accelerator
 from search.cluster import Cluster, Tier, Torus, parse_cluster
+from search.cost import CostModel
+from search.efficiency import Efficiency
+from search.workload import Workload
 
 STRINGS = ("8xH100", "16x8xA100-80", "v5p-128", "v5e:16x16", "2*v5p:4x4x4", "4xMI300X", "tpu7x-128", "2x72xGB200")
 
@@ -168,6 +171,14 @@ bytes_per_second = 1e9
 """
 
 
+MEASURED = """
+cluster = "8xH100"
+[efficiency]
+matmul = 0.7
+launch_seconds = { gpu = 1e-5 }
+"""
+
+
 def _file(tmp_path, text):
     path = tmp_path / "cluster.toml"
     path.write_text(text)
@@ -220,11 +231,26 @@ def test_file_starts_from_a_string_and_changes_the_accelerator(tmp_path):
         (CUSTOM, 'kind = "cpu"\n', "", "lacks kind"),
         (CUSTOM, "[torus]", "[torus", "is not TOML"),
         ('accelerator = "H100"', "", "", "no links"),
+        (MEASURED, "matmul", "matmull", "efficiency: unknown key 'matmull', did you mean 'matmul'"),
+        (MEASURED, "0.7", "0", "efficiency: matmul is 0"),
+        (MEASURED, "gpu = 1e-5", "gp = 1e-5", "launch_seconds: unknown key 'gp', did you mean 'gpu'"),
     ],
 )
 def test_file_with_a_mistake_gets_one_clear_error(tmp_path, text, old, new, message):
     with pytest.raises(ValueError, match=message):
         _file(tmp_path, text.replace(old, new) if old else text)
+
+
+def test_measured_efficiency_is_what_the_cost_model_takes(tmp_path):
+    cluster = _file(tmp_path, MEASURED)
+    assert cluster.efficiency == dataclasses.replace(
+        Efficiency(), matmul=0.7, launch_seconds=(("gpu", 1e-5), *Efficiency().launch_seconds[1:])
+    )
+    assert Cluster.from_json(cluster.to_json()) == cluster
+    assert CostModel(cluster, {"none": Workload((), {})}).efficiency == cluster.efficiency
+    other = Efficiency(matmul=0.5)
+    assert CostModel(cluster, {"none": Workload((), {})}, efficiency=other).efficiency == other
+    assert parse_cluster("8xH100").efficiency is None
 
 
 def test_tiers_that_do_not_nest_are_refused():
