@@ -1,24 +1,434 @@
-"""Bytes per device of a training step, analytic: what a plan keeps, and what its backward pass saves.
+"""Bytes per device of activations, for many candidates at once (analytic), by liveness over the step's own jaxpr.
 
-    bytes_ = step_bytes(layout, abstract_opt_state, remat="full", microbatches=1)
-    bytes_.total
+    memory = ActivationMemory(traced, layout, fused_attention=True)
+    found = memory.bytes(placement, "full", microbatches=[1, 2, 4], fsdp=8)
+    found.layers, found.outside, found.transient, found.gathered          # int64, one entry per candidate
 
-Parameters, gradients and optimizer state are exact, by their specs. Saved activations are an upper bound read off the
-jaxpr: every result that a backward pass may need, at the size of its shard, times the iterations of its loop.
+The jaxpr of the loss and its gradients is read once per rematerialisation. What the backward pass keeps are the
+residuals of `jax.vjp` (`search.saved`). The rest is a walk over time, body by body, of the arrays between fused units
+(`search.fusion`):
+
+    live(t) = sum of bytes / ways of values made at or before t and read at or after t      a cumulative sum per body
+    peak    = max over t of live(t) + peak of the loop that runs at t
+
+* A fused loop may write over what it reads for the last time; so may a loop's carry.
+* A gradient is counted at rest from when it is made to the end, besides whole while it is made. With microbatches the
+  sums of gradients are there all the time: gradients that a loop over layers stacks are there beside them, others are
+  added at once.
+* A weight split over fsdp is gathered where it is used, from its first use to its last: in a loop one layer at a time,
+  elsewhere once for forward and backward pass, because XLA keeps what it gathered; what is under a `jax.checkpoint` is
+  gathered again. Copies of weights in another dtype are values like others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.extend.core import Var
 
-from sharding_rules import Layout
-from sharding_rules.axes import BATCH, PARAM, Scope, loop_parts, shape_of
+from search.attention import axes_key, score_keys
+from search.cost import Placement
+from search.fusion import INLINED, Block, Where
+from search.liveness import CHECKPOINTS, Call, Remat, Step, analyse_step, bytes_of, calls, dtype_of
+from search.saved import Saved, saved_in
+from search.units import Value
+from sharding_rules import AXES, DATA, Layout, TracedFunction
+from sharding_rules.axes import BATCH, PARAM, Dims, Scope, loop_parts, shape_of
 from sharding_rules.partition import array_spec, tree_bytes
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+VALUE, GRADIENT, GATHERED = range(3)
+"""Kinds of values: of the step itself, gradients of parameters, weights gathered over fsdp."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes per device, one entry per candidate (analytic). What a step needs beside parameters, gradients and
+    optimizer state is the sum.
+
+    Attributes:
+        layers: what the backward pass keeps of all repeated layers, for one microbatch.
+        outside: what it keeps of the rest, for one microbatch.
+        transient: what the fullest moment takes beyond what is kept, parameters and one float32 set of gradients.
+        gathered: weights gathered over fsdp at that moment.
+    """
+
+    layers: Ints
+    outside: Ints
+    transient: Ints
+    gathered: Ints
+
+    @property
+    def total(self) -> Ints:
+        return self.layers + self.outside + self.transient + self.gathered
+
+
+class ActivationMemory:
+    """Activations of a traced loss under any placement.
+
+    Args:
+        traced: the loss on the whole global batch.
+        layout: of it, on any mesh; its rows are those of placements.
+        remats: rematerialisations that will be asked for.
+        fused_attention: scores of attention are never in memory.
+        steps: analysed steps, for those that have them already.
+    """
+
+    def __init__(
+        self,
+        traced: TracedFunction,
+        layout: Layout,
+        remats: Sequence[Remat] = REMATS,
+        *,
+        fused_attention: bool = False,
+        steps: Mapping[Remat, Step] | None = None,
+    ):
+        self.row_names = tuple(row.name for row in layout.rows.rows)
+        self._steps = dict(steps or {})
+        self._batch_rows = frozenset(row.name for row in layout.rows.rows if row.role == "batch")
+        self._programs: dict[str, _Program] = {}
+        for remat in remats:
+            step = self._steps.get(remat) or analyse_step(traced, remat=remat, params=layout.params)
+            self._programs[remat] = _Program(step, self.row_names, self._batch_rows, fused_attention)
+
+    def bytes(self, place: Placement, remat: str, microbatches: Any = 1, fsdp: Any = 1) -> ActivationBytes:
+        """Bytes of candidates of one placement with one rematerialisation.
+
+        Args:
+            place: which mesh axes split which rows.
+            remat: one of those the model was made for.
+            microbatches: numbers of microbatches, one per candidate.
+            fsdp: sizes of the fsdp axis, one per candidate or one for all.
+        """
+        parts, shards = np.broadcast_arrays(np.atleast_1d(microbatches), np.atleast_1d(fsdp))
+        return self._programs[remat].bytes(place, parts.astype(np.float64), shards.astype(np.float64))
+
+
+# Arrays whose bytes are divided by a placement.
+
+
+class _Values:
+    """Arrays as columns: bytes, which of the distinct sets of rows they have, and whether the batch is among them."""
+
+    def __init__(self, rows: Sequence[str], batch_rows: frozenset[str]):
+        self._column = {name: i for i, name in enumerate(rows)}
+        self._batch = batch_rows
+        self._sets: dict[frozenset[str], int] = {}
+        self.bytes: list[float] = []
+        self.set: list[int] = []
+        self.batched: list[bool] = []
+
+    def add(self, bytes_: float, names: Iterable[Sequence[str]]) -> int:
+        rows = frozenset(name for dim in names for name in dim if name in self._column)
+        self.bytes.append(bytes_)
+        self.set.append(self._sets.setdefault(rows, len(self._sets)))
+        self.batched.append(bool(rows & self._batch))
+        return len(self.bytes) - 1
+
+    def freeze(self) -> None:
+        self.bytes_v = np.array(self.bytes, np.float64)
+        self.set_v = np.array(self.set, np.int64)
+        self.batched_v = np.array(self.batched, bool)
+        self.incidence_sr = np.zeros((len(self._sets), len(self._column)), bool)
+        for rows, i in self._sets.items():
+            self.incidence_sr[i, [self._column[name] for name in rows]] = True
+
+    def split(self, place: Placement) -> Floats:
+        """Bytes on one device, for the whole batch."""
+        sizes_x = np.array([float(place.mesh(1).sizes[axis]) for axis in AXES])
+        sizes_x[AXES.index(DATA)] = place.batch_shards
+        inc = self.incidence_sr
+        grouped = np.any(inc & place.groups, axis=1)
+        taken = (inc & ~place.beyond) @ place.rows | ((inc & place.beyond) @ place.rows & grouped[:, None])
+        taken = taken | inc @ place.spill
+        ways_s = np.where(taken, sizes_x, 1.0).prod(1)
+        return self.bytes_v / ways_s[self.set_v]
+
+
+class _Program:
+    """One rematerialisation: what is kept, and the bodies with what is alive in them."""
+
+    def __init__(self, step: Step, rows: Sequence[str], batch_rows: frozenset[str], fused_attention: bool):
+        self.values = _Values(rows, batch_rows)
+        kept = saved_in(step, fused_attention=fused_attention)
+        layers = _repeats(kept)
+        self._kept = [self.values.add(s.bytes, s.axes) for s in kept]
+        self._in_layers = np.array([layers > 1 and n % layers == 0 for n in _counts(kept)], bool)
+        scores = score_keys(step) if fused_attention else None
+        self.body = _Body(self.values, step, step.table.scope, Where(), scores, None)
+        self.values.freeze()
+        self.body.freeze(self.values)
+
+    def bytes(self, place: Placement, parts_n: Floats, fsdp_n: Floats) -> ActivationBytes:
+        local_v = self.values.split(place)
+        batched_v = self.values.batched_v
+        kept_k, batched_k = local_v[self._kept], batched_v[self._kept]
+
+        def kept(mask: Any) -> Floats:
+            fixed, shrinking = kept_k[mask & ~batched_k].sum(), kept_k[mask & batched_k].sum()
+            return fixed + shrinking / parts_n
+
+        layers_n, outside_n = kept(self._in_layers), kept(~self._in_layers)
+        peak_n, gathered_n = self.body.peak(local_v, batched_v, parts_n, fsdp_n)
+        gradients_n = self.body.gradients(local_v) / fsdp_n
+        beyond_n = peak_n - layers_n - outside_n - np.where(parts_n > 1, 0.0, gradients_n)
+        gathered_n = np.minimum(gathered_n, np.maximum(beyond_n, 0.0))
+        transient_n = np.maximum(beyond_n - gathered_n, 0.0)
+        return ActivationBytes(*(np.ceil(x).astype(np.int64) for x in (layers_n, outside_n, transient_n, gathered_n)))
+
+
+def _counts(kept: Sequence[Saved]) -> list[int]:
+    """How often each kept value occurs, counting those that are alike as one."""
+    total: dict[Any, int] = {}
+    keys = [(s.shape, str(s.dtype), s.axes, s.source) for s in kept]
+    for key, s in zip(keys, kept, strict=True):
+        total[key] = total.get(key, 0) + s.trips
+    return [total[key] for key in keys]
+
+
+def _repeats(kept: Sequence[Saved]) -> int:
+    """The number of layers: the count that most of the bytes of what is kept have."""
+    weight: dict[int, int] = {}
+    for s, count in zip(kept, _counts(kept), strict=True):
+        weight[count] = weight.get(count, 0) + s.bytes
+    weight.pop(1, None)
+    return max(weight, key=lambda n: (weight[n], -n), default=1)
+
+
+# Bodies.
+
+
+@dataclasses.dataclass
+class _Interval:
+    """A value from one time to another, both included; `sign` is -1 where a loop's carry may be written over."""
+
+    index: int
+    start: int
+    stop: int
+    kind: int
+    sign: float = 1.0
+
+
+class _Body:
+    """One body (the whole step, a loop's, a branch): its values in time, and the bodies inside it."""
+
+    def __init__(
+        self,
+        values: _Values,
+        step: Step,
+        scope: Scope,
+        where: Where,
+        scores: frozenset[Any] | None,
+        call: Call | None,
+        outer: tuple[Block, Scope] | None = None,
+        scale: int = 1,
+    ):
+        self.step, self.values, self.scale = step, values, scale
+        self.intervals: list[_Interval] = []
+        self.inner: list[tuple[int, list[_Body]]] = []
+        self._times: dict[Value, int] = {}
+        self._checkpointed: set[int] = set()
+        self._nested: list[tuple[int, Scope, int, Where]] = []
+        self._now = 0
+        self.block = Block(step, where, scores)
+        if call is not None and outer is not None:
+            block, around = outer
+            start, carried = call.loop
+            for position, (var, atom) in enumerate(zip(scope.jaxpr.invars, call.operands, strict=True)):
+                constant = not isinstance(atom, Var) or block.roots.get((id(around), atom)) == ()
+                if constant and not start <= position < start + carried:
+                    self.block.roots[(id(scope), var)] = ()
+        units = self.block.run(scope)
+        self._walk(scope, where)
+        self._read(scope, units[: len(units) - len(self.block.nested)], call, scores)
+
+    def _walk(self, scope: Scope, where: Where) -> None:
+        """Number the equations in the order of the program, calls that are no loops inlined."""
+        top = scope is self.step.table.scope
+        for position in self.step.flow.live(scope):
+            eqn = scope.jaxpr.eqns[position]
+            here = dataclasses.replace(where, backward=True) if top and position > self.step.flow.boundary else where
+            inner = calls(scope, position)
+            if inner and eqn.primitive.name not in INLINED:
+                checkpoint = here.checkpoint or eqn.primitive.name in CHECKPOINTS
+                if checkpoint:
+                    self._checkpointed.add(id(inner[0].scope))
+                self._walk(inner[0].scope, dataclasses.replace(here, checkpoint=checkpoint))
+                continue
+            self._now += 1
+            self._times.update({(id(scope), var): self._now for var in eqn.outvars})
+            if inner:
+                self._nested.append((self._now, scope, position, here))
+
+    def _roots(self, scope: Scope, atom: Any) -> tuple[Value, ...]:
+        return self.block.roots.get((id(scope), atom), ()) if isinstance(atom, Var) else ()
+
+    def _read(self, scope: Scope, units: list[Any], call: Call | None, scores: frozenset[Any] | None) -> None:
+        end = self._now + 1
+        jaxpr = scope.jaxpr
+        made: dict[Value, int] = {}
+        last: dict[Value, int] = {}
+        held: set[Value] = set()
+        weights: dict[tuple[Value, bool], list[int]] = {}
+        operands = self.block.units.operands
+
+        for unit in units:
+            if not unit.writes:
+                continue
+            time = max(self._times[v] for v in unit.writes)
+            again = unit.phase != "forward" and any(key in self._checkpointed for key, _ in unit.writes)
+            for value in unit.writes:
+                made[value] = self._times[value]
+            largest = max(operands[v].bytes for v in unit.writes)
+            for value in unit.reads:
+                # What a fused loop reads for the last time it may write over.
+                over = unit.kind == "elementwise" and operands[value].bytes <= largest
+                last[value] = max(last.get(value, 0), time - 1 if over else time)
+                if value not in unit.writes and operands[value].weight and unit.kind != "elementwise":
+                    weights.setdefault((value, again), []).append(time)
+        for time, around, position, where in self._nested:
+            self._run_inside(time, around, position, where, scores, made, last)
+
+        start, carried = call.loop if call is not None else (0, 0)
+        carries = {(id(scope), v) for v in jaxpr.invars[start : start + carried]}
+        outs = list(jaxpr.outvars)
+        for atom in outs[:carried] if call is not None and call.loop != (0, 0) else outs:
+            held |= set(self._roots(scope, atom))
+        gradients: set[Value] = set()
+        if call is None:
+            gradients = {root for atom in outs[self._results() :] for root in self._roots(scope, atom)}
+        for value, begin in made.items():
+            operand = operands[value]
+            if operand.bytes == 0 or (scores is not None and _is_score(operand.dims, scores)):
+                continue
+            index = self._add(operand.bytes, operand.dims)
+            stop = max(last.get(value, begin), begin)
+            if value in gradients:
+                width = jnp.dtype(dtype_of(value[1])).itemsize
+                rest = self._add(operand.bytes * max(1, 4 // width), operand.dims)
+                self.intervals.append(_Interval(rest, begin, end, GRADIENT))
+                self.intervals.append(_Interval(index, begin, begin, VALUE))
+            else:
+                self.intervals.append(_Interval(index, begin, end if value in held else stop, VALUE))
+        for value in carries & set(operands):
+            if bytes_of(value[1]):
+                index = self._add(bytes_of(value[1]), operands[value].dims)
+                self.intervals.append(_Interval(index, last.get(value, 0) + 1, end, VALUE, -1.0))
+        for (value, _), times in weights.items():
+            if value not in made and operands[value].bytes:
+                index = self._add(operands[value].bytes, operands[value].dims)
+                self.intervals.append(_Interval(index, min(times), max(times), GATHERED))
+
+    def _results(self) -> int:
+        """Results of the step before the gradients: the loss and what else the loss function returns."""
+        return len(jax.tree.leaves(self.step.layout.traced.out))
+
+    def _run_inside(
+        self,
+        time: int,
+        scope: Scope,
+        position: int,
+        where: Where,
+        scores: frozenset[Any] | None,
+        made: dict[Value, int],
+        last: dict[Value, int],
+    ) -> None:
+        eqn = scope.jaxpr.eqns[position]
+        name = eqn.primitive.name
+        scale = self.scale * (math.prod(eqn.params["mesh"].shape.values()) if name == "shard_map" else 1)
+        trips = where.trips * (eqn.params["length"] if name == "scan" else 1)
+        inside = dataclasses.replace(where, trips=trips)
+        bodies = []
+        for call in calls(scope, position):
+            begin, carried = call.loop
+            needed = self.step.flow.needed_inputs(call.scope)
+            for i, atom in enumerate(call.operands):
+                for root in self._roots(scope, atom) if needed[i] else ():
+                    over = begin <= i < begin + carried
+                    last[root] = max(last.get(root, 0), time - 1 if over else time)
+            bodies.append(_Body(self.values, self.step, call.scope, inside, scores, call, (self.block, scope), scale))
+        self.inner.append((time, bodies))
+        for var in eqn.outvars:
+            made[(id(scope), var)] = time
+
+    def _add(self, bytes_: int, dims: Dims) -> int:
+        return self.values.add(float(bytes_ * self.scale), self.step.names(dims))
+
+    def freeze(self, values: _Values) -> None:
+        """Turn the intervals into arrays."""
+        self.index_i = np.array([i.index for i in self.intervals], np.int64)
+        self.start_i = np.array([i.start for i in self.intervals], np.int64)
+        self.stop_i = np.array([max(i.stop, i.start) + 1 for i in self.intervals], np.int64)
+        self.kind_i = np.array([i.kind for i in self.intervals], np.int64)
+        self.sign_i = np.array([i.sign for i in self.intervals], np.float64)
+        self.length = self._now + 3
+        for _, bodies in self.inner:
+            for body in bodies:
+                body.freeze(values)
+
+    def gradients(self, local_v: Floats) -> float:
+        """Bytes of all gradients at rest on one device, before fsdp splits them."""
+        return float(local_v[self.index_i[self.kind_i == GRADIENT]].sum())
+
+    def peak(self, local_v: Floats, batched_v: Any, parts_n: Floats, fsdp_n: Floats) -> tuple[Floats, Floats]:
+        """Most bytes alive at once, and those of gathered weights among them."""
+        live_nt = np.zeros((len(parts_n), self.length))
+        gathered_nt = np.zeros_like(live_nt)
+        shrinks_i = batched_v[self.index_i]
+        stacked = {time for time, _ in self.inner}
+        loops_i = np.isin(self.start_i, list(stacked))
+        for kind in (VALUE, GRADIENT, GATHERED):
+            for shrinks in (False, True):
+                mask = (self.kind_i == kind) & (shrinks_i == shrinks)
+                if not mask.any():
+                    continue
+                factor_n = 1 / parts_n if shrinks else np.ones_like(parts_n)
+                if kind == GRADIENT:
+                    # With microbatches, a gradient that no loop stacks is added to the sums as it is made.
+                    live_nt += (factor_n / fsdp_n)[:, None] * self._line(local_v, mask & loops_i)
+                    alone = self._line(local_v, mask & ~loops_i)
+                    live_nt += np.where(parts_n > 1, 0.0, factor_n / fsdp_n)[:, None] * alone
+                elif kind == GATHERED:
+                    gathered_nt += np.where(fsdp_n > 1, factor_n, 0.0)[:, None] * self._line(local_v, mask)
+                else:
+                    live_nt += factor_n[:, None] * self._line(local_v, mask)
+        for time, bodies in self.inner:
+            found = [body.peak(local_v, batched_v, parts_n, fsdp_n) for body in bodies]
+            most = np.argmax([peak for peak, _ in found], axis=0)
+            rows = np.arange(len(parts_n))
+            peak_n = np.stack([peak for peak, _ in found])[most, rows]
+            inside_n = np.stack([gathered for _, gathered in found])[most, rows]
+            live_nt[:, time] += np.maximum(peak_n - inside_n, 0.0)
+            gathered_nt[:, time] += inside_n
+        total_nt = live_nt + gathered_nt
+        at = np.argmax(total_nt, axis=1)
+        rows = np.arange(len(parts_n))
+        return total_nt[rows, at], gathered_nt[rows, at]
+
+    def _line(self, local_v: Floats, mask: Any) -> Floats:
+        """What is alive over time: one cumulative sum."""
+        change_t = np.zeros(self.length + 1)
+        bytes_i = local_v[self.index_i[mask]] * self.sign_i[mask]
+        np.add.at(change_t, self.start_i[mask], bytes_i)
+        np.add.at(change_t, np.minimum(self.stop_i[mask], self.length), -bytes_i)
+        return np.cumsum(change_t)[:-1]
+
+
+def _is_score(dims: Dims, scores: frozenset[Any]) -> bool:
+    """Whether an array, or what a loop stacks in it, has the axes of attention's scores."""
+    return axes_key(dims) in scores or (len(dims) > 1 and axes_key(dims[1:]) in scores)
+
+
+# By hand, of one layout: what `search.auto` takes.
 
 NOT_SAVED = frozenset(
     """add add_any sub neg broadcast_in_dim reshape transpose squeeze expand_dims convert_element_type slice split
