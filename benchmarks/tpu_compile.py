@@ -4,7 +4,7 @@ The real XLA:TPU compiler (libtpu, extra `tpu-aot`) runs in a child process that
 assigned, the scheduled and partitioned program and its memory report are on disk, and the child is ended: code
 generation is 90 % of a compile.
 
-    child:   when `REDCO_LIKE_CHILD` is set, the script prints `argument_bytes N` and compiles a function called `step`
+    child:   when `REDCO_LIKE_CHILD` is set, the script prints `argument_bytes N` and compiles a function whose name ends in `step`
     parent:  report = run_child(script, ["--variant", "pinned"], limit_seconds=300)
 """
 
@@ -104,8 +104,8 @@ def run_child(script: str, args: list[str], *, accelerator_type: str, limit_seco
 
 
 def _finished(folder: pathlib.Path) -> tuple[str, str] | None:
-    hlo = sorted(folder.glob("*jit_step*after_optimizations_after_buffer_assignment.txt"))
-    memory = sorted(folder.glob("*jit_step*memory-usage-report.txt"))
+    hlo = sorted(folder.glob("*jit_*step*after_optimizations_after_buffer_assignment.txt"))
+    memory = sorted(folder.glob("*jit_*step*memory-usage-report.txt"))
     if not hlo or not memory:
         return None
     text = hlo[-1].read_text()

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,20 +34,70 @@ import numpy.typing as npt
 from jax.extend.core import Var
 
 from search.attention import axes_key, score_keys
-from search.cost import Placement
 from search.fusion import INLINED, Block, Where
 from search.liveness import CHECKPOINTS, Call, Remat, Step, analyse_step, bytes_of, calls, dtype_of
 from search.saved import Saved, saved_in
 from search.units import Value
-from sharding_rules import AXES, DATA, Layout, TracedFunction
+from sharding_rules import AXES, CONTEXT, DATA, EXPERT, TENSOR, Layout, TracedFunction
 from sharding_rules.axes import BATCH, PARAM, Dims, Scope, loop_parts, shape_of
 from sharding_rules.partition import array_spec, tree_bytes
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 VALUE, GRADIENT, GATHERED = range(3)
 """Kinds of values: of the step itself, gradients of parameters, weights gathered over fsdp."""
+
+
+class Splits(Protocol):
+    """What counting bytes needs of a `search.cost.Placement`: which mesh axes split which rows, and their sizes."""
+
+    @property
+    def expert(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def batch_shards(self) -> int: ...
+    @property
+    def rows(self) -> Bools: ...
+    @property
+    def spill(self) -> Bools: ...
+    @property
+    def beyond(self) -> Bools: ...
+    @property
+    def groups(self) -> Bools: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutSplits:
+    """The `Splits` of one layout; see `splits_of`."""
+
+    expert: int
+    context: int
+    tensor: int
+    batch_shards: int
+    rows: Bools
+    spill: Bools
+    beyond: Bools
+    groups: Bools
+
+
+def splits_of(layout: Layout) -> LayoutSplits:
+    """How a layout splits its rows."""
+    rows, assignment, mesh = layout.rows.rows, layout.assignment, layout.mesh_shape
+    return LayoutSplits(
+        expert=mesh.expert,
+        context=mesh.context,
+        tensor=mesh.tensor,
+        batch_shards=mesh.data * mesh.fsdp,
+        rows=np.array([[axis in assignment.compute.get(row.name, ()) for axis in AXES] for row in rows]),
+        spill=np.array([[axis in assignment.spill.get(row.name, ()) for axis in AXES] for row in rows]),
+        beyond=np.array([row.role == "kv_heads" and row.size % mesh.tensor > 0 for row in rows]),
+        groups=np.array([row.role == "groups" for row in rows]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +150,7 @@ class ActivationMemory:
             step = self._steps.get(remat) or analyse_step(traced, remat=remat, params=layout.params)
             self._programs[remat] = _Program(step, self.row_names, self._batch_rows, fused_attention)
 
-    def bytes(self, place: Placement, remat: str, microbatches: Any = 1, fsdp: Any = 1) -> ActivationBytes:
+    def bytes(self, place: Splits, remat: str, microbatches: Any = 1, fsdp: Any = 1) -> ActivationBytes:
         """Bytes of candidates of one placement with one rematerialisation.
 
         Args:
@@ -142,10 +192,10 @@ class _Values:
         for rows, i in self._sets.items():
             self.incidence_sr[i, [self._column[name] for name in rows]] = True
 
-    def split(self, place: Placement) -> Floats:
+    def split(self, place: Splits) -> Floats:
         """Bytes on one device, for the whole batch."""
-        sizes_x = np.array([float(place.mesh(1).sizes[axis]) for axis in AXES])
-        sizes_x[AXES.index(DATA)] = place.batch_shards
+        sizes = {DATA: place.batch_shards, EXPERT: place.expert, CONTEXT: place.context, TENSOR: place.tensor}
+        sizes_x = np.array([float(sizes.get(axis, 1)) for axis in AXES])
         inc = self.incidence_sr
         grouped = np.any(inc & place.groups, axis=1)
         taken = (inc & ~place.beyond) @ place.rows | ((inc & place.beyond) @ place.rows & grouped[:, None])
@@ -168,7 +218,7 @@ class _Program:
         self.values.freeze()
         self.body.freeze(self.values)
 
-    def bytes(self, place: Placement, parts_n: Floats, fsdp_n: Floats) -> ActivationBytes:
+    def bytes(self, place: Splits, parts_n: Floats, fsdp_n: Floats) -> ActivationBytes:
         local_v = self.values.split(place)
         batched_v = self.values.batched_v
         kept_k, batched_k = local_v[self._kept], batched_v[self._kept]
