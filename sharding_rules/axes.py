@@ -227,6 +227,7 @@ class Contraction:
         batch, contracted: axes that both operands share, kept or summed.
         lhs_origin, rhs_origin: PARAM, BATCH bits.
         lhs_key, rhs_key: identity of the operand: products of one activation share its gradient's sum.
+        out_key: identity of the result.
         flops: over the whole evaluation, `trips` times the body's.
     """
 
@@ -240,6 +241,7 @@ class Contraction:
     rhs_origin: int
     lhs_key: Any
     rhs_key: Any
+    out_key: Any
     flops: int
     trips: int
 
@@ -274,6 +276,7 @@ class AxisTable:
         unknown: primitives without a rule, or used as their rule does not foresee, with how often they occur; their
             results got fresh axes.
         notes: what could not be aligned, in words.
+        keys: variable -> its dimensions along the keys of attention (`scores`).
     """
 
     traced: TracedFunction
@@ -282,6 +285,7 @@ class AxisTable:
     marks: list[Mark]
     unknown: dict[str, int]
     notes: list[str]
+    keys: dict[Var, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def inputs(self, name: str) -> list[tuple[Dim, ...]]:
         """Dimensions of the leaves of one argument, in leaf order, as the axes they are made of."""
@@ -466,6 +470,7 @@ def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "
         The table; reading it needs no device.
     """
     from sharding_rules import control_flow, primitives
+    from sharding_rules.scores import key_dimensions
 
     inference = Inference(primitives.RULES, control_flow.inline_call)
     traced = dataclasses.replace(traced, jaxpr=inline_calls(traced.jaxpr))
@@ -478,4 +483,5 @@ def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "
             origins.append(PARAM if name == params else BATCH if name == batch or drawn else 0)
     dims = [inference.fresh(shape_of(var)) for var in scope.jaxpr.invars]
     inference.run(scope, dims, origins)
-    return AxisTable(traced, scope, inference.contractions, inference.marks, inference.unknown, inference.notes)
+    keys = key_dimensions(scope)
+    return AxisTable(traced, scope, inference.contractions, inference.marks, inference.unknown, inference.notes, keys)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,7 +59,14 @@ def to_spec(entries: Sequence[Entry], *, unconstrained: frozenset[int] = frozens
     return PartitionSpec(*out)
 
 
-def array_spec(assignment: Assignment, dims: Sequence[Dim], *, spill: bool = False, at_rest: bool = False) -> Shares:
+def array_spec(
+    assignment: Assignment,
+    dims: Sequence[Dim],
+    *,
+    spill: bool = False,
+    at_rest: bool = False,
+    keys: Collection[int] = (),
+) -> Shares:
     """Split an array by its axes.
 
     Args:
@@ -67,6 +74,7 @@ def array_spec(assignment: Assignment, dims: Sequence[Dim], *, spill: bool = Fal
         dims: axes of each dimension.
         spill: also apply the assignment's `spill` (activations between blocks).
         at_rest: split misaligned dimensions too (parameters).
+        keys: dimensions along the keys of attention, which give way to the queries' where both want a mesh axis.
     """
     wanted: list[tuple[int, int, Axis, str, Entry]] = []
     resolved = [leaves(dim) for dim in dims]
@@ -84,7 +92,7 @@ def array_spec(assignment: Assignment, dims: Sequence[Dim], *, spill: bool = Fal
     used: dict[str, tuple[int, str]] = {}
     misaligned: set[int] = set()
     reasons: list[str] = []
-    for _, i, axis, row, target in sorted(wanted, key=lambda w: (w[0], w[1])):
+    for _, i, axis, row, target in sorted(wanted, key=lambda w: (w[1] in keys, w[0], w[1])):
         take: list[str] = []
         have = assignment.ways(entries[i])
         for name in target:

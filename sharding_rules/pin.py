@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -118,8 +118,15 @@ class Pinner:
             for var in scope.jaxpr.outvars
         ]
 
-    def pin(self, x: Any, dims: Dims, *, spill: bool = True) -> Any:
-        """Constrain one array to the split of its axes; `spill` where the assignment's `spill` may apply too."""
+    def pin(self, x: Any, dims: Dims, *, spill: bool = True, keys: Collection[int] = ()) -> Any:
+        """Constrain one array to the split of its axes.
+
+        Args:
+            x: the array.
+            dims: its dimensions.
+            spill: whether the assignment's `spill` may apply too.
+            keys: its dimensions along the keys of attention.
+        """
         if isinstance(x, Pieces) or not self.active or not dims or jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return x
         spill = spill and any(
@@ -127,7 +134,7 @@ class Pinner:
             for dim in dims
             for axis in leaves(dim)
         )
-        shares = array_spec(self.assignment, dims, spill=spill)
+        shares = array_spec(self.assignment, dims, spill=spill, keys=keys)
         spec = to_spec(shares.entries, unconstrained=shares.misaligned)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
@@ -192,7 +199,7 @@ class Pinner:
             if name == "gather" and self.assignment.spill:  # first summed over the table's shards, then cut
                 outs = [self.pin(x, scope.dims[var], spill=False) for x, var in zip(outs, eqn.outvars, strict=True)]
             outs = [
-                self.pin(x, scope.dims[var]) if scope.origin[var] & BATCH else x
+                self.pin(x, scope.dims[var], keys=self.table.keys.get(var, ())) if scope.origin[var] & BATCH else x
                 for var, x in zip(eqn.outvars, outs, strict=True)
             ]
         return outs

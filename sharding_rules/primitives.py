@@ -506,6 +506,7 @@ def _contraction(
             eq.origins[1],
             lhs_key,
             rhs_key,
+            eq.eqn.outvars[0],
             flops,
             eq.scope.trips,
         )

@@ -1,9 +1,11 @@
 """The pinned function: nothing added on one device, the user's own rematerialisation and gradients kept, and the
 collectives that the compiler makes of it on 8 devices."""
 
+import collections
 import functools
 import re
 
+import hlo_collectives
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -307,6 +309,34 @@ def test_fused_qkv_gathers_weights_and_no_activation():
     assert max(moved, default=0) <= 768
     # One sum of partial products over tensor, forward; none is over the whole batch.
     assert max(size for kind, size in collectives(text) if kind == "all-reduce") <= 8 * 64 * 16 // 2
+
+
+def _attention(params, batch, *, swapped):
+    B, L, D = batch.shape
+    q, k, v = ((batch @ params[name]).reshape(B, L, 4, D // 4) for name in "qkv")
+    s_BHLM = jnp.einsum("bmhd,blhd->bhlm", k, q) if swapped else jnp.einsum("blhd,bmhd->bhlm", q, k)
+    p_BHLM = jax.nn.softmax(s_BHLM)
+    out = jnp.einsum("bmhd,bhlm->blhd", v, p_BHLM) if swapped else jnp.einsum("bhlm,bmhd->blhd", p_BHLM, v)
+    return jnp.mean((batch + out.reshape(B, L, D) @ params["out"]) ** 2)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("context, tensor", [(2, 1), (4, 1), (8, 1), (2, 4), (4, 2)])
+def test_context_gathers_keys_and_values_and_sums_no_statistics(swapped, context, tensor):
+    loss = functools.partial(_attention, swapped=swapped)
+    params = {name: jnp.ones((16, 16)) for name in ("q", "k", "v", "out")}
+    batch = jnp.ones((8, 64, 16))
+    mesh = MeshShape(data=8 // (context * tensor), context=context, tensor=tensor)
+    layout = layout_of(loss, params, batch, mesh, "megatron")
+    text = hlo_of(layout.pin(make_mesh(mesh)), layout, make_mesh(mesh), params, batch)
+    found = hlo_collectives.collectives(text, mesh)
+    keys = 4 * 8 * 64 * 16 // (mesh.data * tensor)
+    over_context = collections.Counter()
+    for c in found:
+        if "context" in c.axes:
+            over_context[c.kind] += c.bytes
+    # Keys and values forward; their gradients and those of the weights, which lie split over tensor, and the loss.
+    assert over_context == {"all_gather": 2 * keys, "sum": 2 * keys + 4 * 4 * 16 * 16 // tensor + 4}
 
 
 def test_megatron_block_sums_once_forward():

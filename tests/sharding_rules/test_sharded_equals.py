@@ -43,6 +43,8 @@ EXTRA = {
     ("moe_one_hot", "data=2,expert=2,tensor=2"): "megatron",
     ("moe_ragged", "fsdp=2,expert=4"): "fsdp",
     ("llama_scanned", "data=2,context=2,tensor=2"): "megatron",
+    ("llama_sdpa", "data=2,context=4"): "data",
+    ("t5", "fsdp=2,context=4"): "fsdp",
     ("llama_scanned", "tensor=8"): "megatron",  # more than its 4 kv heads
 }
 """Meshes that only some models can use."""
