@@ -24,7 +24,7 @@ from jax.extend.core import JaxprEqn, Var
 
 from search.attention import Attention
 from search.flops import arithmetic, product
-from search.kinds import LOOPS, contracted_dimensions, is_reduction, is_view, kind_of, touched
+from search.kinds import LOOPS, contracted_dimensions, is_reduction, is_view, kind_of, touched, touched_like
 from search.liveness import CHECKPOINTS, Call, Phase, Step, bytes_of, calls, dtype_of
 from search.units import Operand, Unit, Units, Value
 from sharding_rules.axes import PARAM, Scope, shape_of
@@ -142,12 +142,16 @@ class Block:
         joins = name in LOOPS or reduction
         fresh = not (eqn.invars and self._roots(scope, eqn.invars[0]))
         partly, written = touched(eqn, unit.kind, fresh=fresh)
+        like = touched_like(eqn, unit.kind)
+        moved = scope.dims.get(like, ()) if like is not None else None
         for position, atom in enumerate(eqn.invars):
             size = bytes_of(atom) if isinstance(atom, Var) else 0
             for root in self._roots(scope, atom):
                 behind = self.units.operands[root]
                 # A view of one array that is smaller than it reads that much of it.
                 read = dataclasses.replace(behind, bytes=partly.get(position, min(behind.bytes, size)))
+                if position in partly and moved is not None:
+                    read = dataclasses.replace(read, dims=moved)
                 if root not in unit.reads or unit.reads[root].bytes < read.bytes:
                     unit.reads[root] = read
                 self.units.readers.setdefault(root, set()).add(index)
@@ -161,6 +165,8 @@ class Block:
             root = (id(scope), var)
             size = self.units.operands[root].bytes if written is None else written
             unit.writes[root] = dataclasses.replace(self.units.operands[root], bytes=size)
+            if unit.kind == "scatter" and not fresh and moved is not None:
+                unit.writes[root] = dataclasses.replace(unit.writes[root], dims=moved)
 
     def _new_unit(self, scope: Scope, eqn: JaxprEqn, kind: str, where: Where) -> int:
         found = product(eqn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Var
 
 from search.liveness import bytes_of
 from sharding_rules.axes import shape_of
@@ -38,15 +38,31 @@ def touched(eqn: JaxprEqn, kind: str, *, fresh: bool) -> tuple[dict[int, int], i
     """What indexing moves: bytes read of some operands, by position, and bytes written; else all of each.
 
     What is picked is read and written. What is put is read and written, and added to what was there; `fresh` where that
-    is a constant, as in the gradient of a gather: then the whole result is written as well.
+    is a constant, as in the gradient of a gather: then the whole result is written, and what is put counts twice where
+    it is read. The bytes that are picked or put divide as the picked or put array does, not as the whole one.
     """
     if kind == "gather":
         return {0: bytes_of(eqn.outvars[0])}, None
     if kind == "scatter" and not eqn.primitive.name.startswith("select"):
         plain = eqn.primitive.name in ("scatter", "dynamic_update_slice")
-        update = bytes_of(eqn.invars[1 if eqn.primitive.name == "dynamic_update_slice" else 2])
-        return {0: 0 if plain else update}, update + (bytes_of(eqn.outvars[0]) if fresh else 0)
+        put = _put(eqn)
+        update = bytes_of(eqn.invars[put])
+        return ({put: 2 * update}, bytes_of(eqn.outvars[0])) if fresh else ({0: 0 if plain else update}, update)
     return {}, None
+
+
+def touched_like(eqn: JaxprEqn, kind: str) -> Var | None:
+    """The array whose axes divide what indexing moves: what is picked, or what is put."""
+    if kind == "gather":
+        return eqn.outvars[0]
+    if kind == "scatter" and not eqn.primitive.name.startswith("select"):
+        atom = eqn.invars[_put(eqn)]
+        return atom if isinstance(atom, Var) else None
+    return None
+
+
+def _put(eqn: JaxprEqn) -> int:
+    return 1 if eqn.primitive.name == "dynamic_update_slice" else 2
 
 
 def is_view(eqn: JaxprEqn) -> bool:

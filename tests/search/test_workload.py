@@ -321,6 +321,21 @@ def test_gather_touches_what_it_picks():
     assert (op.bytes_read, op.bytes_written) == (4 * 16 * 32 + 4 * 16, 4 * 16 * 32)
 
 
+def test_what_a_lookup_moves_divides_with_the_batch():
+    def loss(params, batch):
+        return jnp.sum(params["table"][batch] @ params["w"])
+
+    params = {"table": f32(1000, 32), "w": f32(32, 8)}
+    work = workload(trace(loss, params, jax.ShapeDtypeStruct((16,), jnp.int32), names=("params", "batch")))
+    gather = next(op for op in work.ops if op.kind == "gather")
+    assert gather.reads[0].axes == gather.writes[0].axes
+    scatter = next(op for op in work.ops if op.kind == "scatter")
+    put = max(scatter.reads, key=lambda array: array.bytes)
+    assert (put.bytes, put.axes) == (2 * 4 * 16 * 32, gather.writes[0].axes)
+    (whole,) = scatter.writes
+    assert (whole.bytes, whole.axes[1]) == (4 * 1000 * 32, gather.writes[0].axes[-1])
+
+
 @pytest.mark.parametrize("name", ["llama_scanned", "llama_unrolled", "llama_sdpa", "gpt2", "vit_conv", "t5"])
 def test_fused_attention_keeps_flops_and_drops_scores(name):
     traced = traced_model(name)
