@@ -1,0 +1,166 @@
+"""`redco-like plan`: the fastest plan that fits, the runners-up, and how sure that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.markup import escape
+
+from redco_like.cli.options import Flag, Problem, SearchOptions, optional
+from redco_like.cli.terminal import Terminal, check_folder, write_text
+
+if TYPE_CHECKING:
+    from redco_like.cli.planning import Loaded
+    from search.solver import SearchResult
+
+JSON_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is written."""
+
+    out: Annotated[pathlib.Path | None, optional("FILE")] = None
+    """Write the plan as JSON: Trainer(plan="plan.json"), explain, diff and report read it."""
+    report: Annotated[pathlib.Path | None, optional("FILE")] = None
+    """Write a page of HTML: memory, timeline of a step, communication, Pareto front, axes."""
+    json: Flag = False
+    """Print one JSON object instead of tables."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The fastest plan that fits, the runners-up, and why.
+
+    Example: redco-like plan --model llama-3-70b --cluster v5p-1024 --seq-len 8192 --global-batch 1024
+    """
+
+    problem: Problem
+    search: SearchOptions
+    output: Output
+
+    on_host = True
+
+    def run(self, terminal: Terminal) -> int:
+        from redco_like.cli import planning
+
+        self.search.check()
+        output = self.output
+        for path in (output.out, output.report):
+            check_folder(path)
+        record = self.problem.record()
+        with terminal.progress(f"reading {record['cluster']}") as tell:
+            loaded = planning.load(record, tell)
+            space = planning.make_space(loaded, self.search)
+            tell("searching")
+            result = planning.search(loaded, space, self.search)
+            tell("what changes with the constants")
+            rows = planning.sensitivities(loaded, result)
+            if result.best and output.out:
+                write_text(output.out, result.best.plan.to_json() + "\n")
+            if result.best and output.report:
+                tell("drawing the report")
+                from redco_like.report import write_report
+
+                write_report(output.report, loaded.spec, loaded.model, result)
+        if output.json:
+            terminal.json(_record(loaded, result, rows))
+        elif result.best:
+            self._show(terminal, loaded, result, rows)
+        else:
+            terminal.print(loaded.header(space.budget_bytes))
+            terminal.print(f"\n[bold red]Nothing fits.[/] {escape(result.advice)}\n")
+            terminal.print(f"[dim]{escape(result.certificate())}[/]")
+        return 0 if result.best else 1
+
+    def _show(self, terminal: Terminal, loaded: Loaded, result: SearchResult, rows: list[Any]) -> None:
+        from redco_like.cli.tables import pairs, plan_table, plans_that_fit
+        from redco_like.cli.words import describe
+
+        best, batch, width = result.best, loaded.spec.global_batch, terminal.out.width
+        assert best is not None
+        columns = [("1 (best)", best.plan, best.estimate)]
+        columns += [(str(i), c.plan, c.estimate) for i, c in enumerate(result.runners_up, 2)]
+        terminal.print(loaded.header(best.estimate.usable_bytes), "")
+        terminal.print(plan_table(columns, global_batch=batch, width=width), "")
+        hidden = len(columns) - plans_that_fit(width, len(columns))
+        if hidden:
+            terminal.print(f"[dim]{hidden} more in a wider terminal, or with --json[/]\n")
+        terminal.print(
+            pairs(
+                [
+                    ("bound by", best.estimate.binds),
+                    ("proof", result.certificate()),
+                    ("interval", _interval(result)),
+                    *(("" if i else "if", text) for i, text in enumerate(_sensitivity_lines(rows))),
+                ]
+            ),
+            "",
+        )
+        terminal.print(pairs(describe(best.plan, global_batch=batch, cluster=loaded.cluster)), "")
+        terminal.line(self._next())
+
+    def _next(self) -> str:
+        if self.output.out is None:
+            return "next: the same with --out plan.json, then redco-like explain plan.json"
+        name = shlex.quote(str(self.output.out))
+        return f'next: redco-like explain {name}    or in Python: Trainer(..., plan="{self.output.out}")'
+
+
+def _interval(result: SearchResult) -> str:
+    """The interval of the best, and which runners-up overlap it."""
+    from redco_like.cli.units import seconds
+
+    best = result.best.estimate  # type: ignore[union-attr]
+    text = f"{seconds(best.low_seconds)} to {seconds(best.high_seconds)} per step, by the errors of the constants"
+    could = [str(i) for i, c in enumerate(result.runners_up, 2) if c.estimate.low_seconds < best.seconds_per_step]
+    if not result.runners_up:
+        return text
+    return f"{text}; {'plan ' if len(could) == 1 else 'plans '}{', '.join(could) or 'none'} could be as fast"
+
+
+def _sensitivity_lines(rows: list[Any]) -> list[str]:
+    from redco_like.cli.units import seconds
+
+    return [
+        f"{row.constant} {row.change}: {seconds(row.seconds[0])} per step, "
+        + ("plan 1 stays the best" if row.wins == 0 else f"plan {row.wins + 1} wins with {seconds(min(row.seconds))}")
+        for row in rows
+    ]
+
+
+def _record(loaded: Loaded, result: SearchResult, rows: list[Any]) -> dict[str, Any]:
+    """What `--json` prints; keys are only ever added."""
+
+    def costed(entry: Any) -> dict[str, Any] | None:
+        if entry is None:
+            return None
+        plan = dataclasses.asdict(entry.plan)
+        return {"plan": {k: v for k, v in plan.items() if k not in ("estimate", "problem")}} | {
+            "estimate": dataclasses.asdict(entry.estimate),
+            "planned": entry.plan.planned,
+        }
+
+    best = costed(result.best)
+    return {
+        "version": JSON_VERSION,
+        "problem": {**loaded.record, "parameters": loaded.spec.parameters, "devices": loaded.cluster.devices},
+        "fits": result.best is not None,
+        "plan": best and best["plan"],
+        "planned": best and best["planned"],
+        "estimate": best and best["estimate"],
+        "runners_up": [costed(entry) for entry in result.runners_up],
+        "pareto": [costed(entry) for entry in result.pareto],
+        "certificate": {
+            "text": result.certificate(),
+            "candidates": result.candidates,
+            "bound_seconds": result.bound,
+            "gap": result.gap,
+            "search_seconds": result.seconds,
+        },
+        "sensitivity": [dataclasses.asdict(row) for row in rows],
+        "advice": result.advice,
+    }

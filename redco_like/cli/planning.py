@@ -1,0 +1,204 @@
+"""From options to something to search: the cluster, the model and the space."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from redco_like.cli import units
+from redco_like.cli.options import SearchOptions
+from redco_like.cli.tables import pairs
+from redco_like.cli.terminal import UsageError, bad_input
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from redco_like.problem import ModelProblem
+    from search import Cluster, Plan, Space, TracedModel
+    from search.solver import SearchResult
+    from sharding_rules import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A problem that was read.
+
+    Attributes:
+        record: its options, with files by absolute path and sizes that the model decided.
+    """
+
+    record: dict[str, Any]
+    spec: ModelProblem
+    cluster: Cluster
+    model: TracedModel
+
+    def header(self, usable_bytes: float) -> Table:
+        """Lines on what is planned and for what."""
+        spec, cluster, chip = self.spec, self.cluster, self.cluster.accelerator
+        dtype = self.model.dtypes["compute_dtype"]
+        optimizer = "its own optimizer" if spec.source == "run file" else self.record["optimizer"]
+        tokens = (
+            f" of {spec.seq_len:,} tokens, {units.many(spec.global_batch * spec.seq_len)} tokens"
+            if spec.seq_len
+            else ""
+        )
+        links = f"torus {'x'.join(map(str, cluster.torus.dims))}" if cluster.torus else ""
+        if cluster.nodes > 1:
+            links = f"{cluster.nodes:,} {'slices' if cluster.torus else 'nodes'}" + (f" of {links}" if links else "")
+        try:
+            peak = f"{units.many(chip.flops(dtype))}FLOP/s {dtype}"
+        except ValueError:
+            peak = f"no peak known for {dtype}"
+        return pairs(
+            [
+                (
+                    "model",
+                    f"{spec.name}: {units.many(spec.parameters)} parameters in {self.record['param_dtype']}, "
+                    f"{optimizer}, computed in {dtype}",
+                ),
+                ("batch", f"{spec.global_batch:,} examples{tokens} per step"),
+                ("cluster", f"{cluster.name}: {cluster.devices:,} x {chip.name}{f', {links}' if links else ''}"),
+                (
+                    "each",
+                    f"{peak}, {units.size(chip.memory_bytes)} of memory, of which a plan may use "
+                    f"{units.size(usable_bytes)}",
+                ),
+            ]
+        )
+
+
+def load(record: Mapping[str, Any], tell: Callable[[str], None]) -> Loaded:
+    """Read the cluster and the model, and trace one step.
+
+    Raises:
+        UsageError: with what is wrong in one line.
+    """
+    for name in ("model", "cluster"):
+        if not record.get(name):
+            raise UsageError(f"the plan does not say which {name} it was made for; give --{name}")
+    with bad_input():
+        from search import parse_cluster
+
+        cluster = parse_cluster(record["cluster"])
+    tell(f"reading {record['model']}")
+    from redco_like.problem import load_problem
+    from search import TracedModel
+
+    with bad_input():
+        sizes = {name: record.get(name) for name in ("seq_len", "global_batch", "optimizer", "dtype", "param_dtype")}
+        spec = load_problem(record["model"], **sizes)  # type: ignore[arg-type]
+    tell("reading its operations")
+    attention = record.get("attention")
+    with bad_input():
+        model = TracedModel(
+            spec.traced,
+            spec.opt_state,
+            cluster,
+            param_dtype=record["param_dtype"],
+            fused_attention=spec.fused_attention if attention is None else attention == "fused",
+        )
+    sizes = {"seq_len": spec.seq_len, "global_batch": spec.global_batch}
+    return Loaded({**record, **sizes}, spec, cluster, model)
+
+
+def make_space(loaded: Loaded, options: SearchOptions) -> Space:
+    """The space that the options leave.
+
+    Raises:
+        UsageError: a key that there is not, sizes that do not divide the devices, ...
+    """
+    from search import Space
+
+    share = {} if options.memory_share is None else {"memory_share": options.memory_share}
+    with bad_input():
+        return Space(
+            loaded.model,
+            loaded.cluster,
+            fix=options.fixed,
+            forbid=options.forbidden,
+            allow_planned=options.allow_planned,
+            max_microbatch=options.max_microbatch,
+            **share,
+        )
+
+
+def search(loaded: Loaded, space: Space, options: SearchOptions) -> SearchResult:
+    """Search, and write into every plan found what it was made for and what is expected of it.
+
+    Raises:
+        UsageError: no plan is legal, whatever the memory.
+    """
+    from search import solve
+
+    result = solve(
+        space,
+        runners_up=options.runners_up,
+        pareto=True,
+        time_limit_seconds=math.inf if options.time_limit is None else options.time_limit,
+    )
+    if not result.candidates:
+        batch, devices = loaded.spec.global_batch, loaded.cluster.devices
+        near = max(devices, round(batch / devices) * devices)
+        text = "" if batch % devices == 0 else f". A batch of {near} divides by all {devices} devices"
+        raise UsageError(result.advice + text)
+
+    def signed(costed: Any) -> Any:
+        plan = dataclasses.replace(costed.plan, problem=loaded.record, estimate=costed.estimate)
+        return dataclasses.replace(costed, plan=plan)
+
+    return dataclasses.replace(
+        result,
+        best=result.best and signed(result.best),
+        runners_up=tuple(map(signed, result.runners_up)),
+        pareto=tuple(map(signed, result.pareto)),
+    )
+
+
+def sensitivities(loaded: Loaded, result: SearchResult) -> list[Any]:
+    """What the step takes, and which plan wins, where a constant is off."""
+    if result.best is None:
+        return []
+    from search import sensitivity
+
+    return list(sensitivity(loaded.model, [costed.plan for costed in (result.best, *result.runners_up)]))
+
+
+def read_plan(path: Any) -> Plan:
+    """A plan's file.
+
+    Raises:
+        UsageError: missing, or no plan.
+    """
+    from search import Plan
+
+    with bad_input():
+        try:
+            return Plan.load(path)
+        except (ValueError, OSError) as error:
+            name = str(path)
+            raise UsageError(str(error) if name in str(error) else f"{name}: {error}") from error
+
+
+def estimated(loaded: Loaded, plan: Plan) -> Plan:
+    """The plan with an estimate of it for this problem.
+
+    Raises:
+        UsageError: the plan is not legal for it.
+    """
+    from search import estimate_plan
+
+    with bad_input():
+        return dataclasses.replace(plan, estimate=estimate_plan(loaded.model, plan), problem=loaded.record)
+
+
+def layout(loaded: Loaded, plan: Plan) -> Layout:
+    """Which array of the model is split how."""
+    with bad_input():
+        return loaded.model.layout.on(plan.mesh, plan.preset, rules=plan.rules)
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data, with what it cannot run yet."""
+    return {**dataclasses.asdict(plan), "planned": plan.planned}

@@ -1,0 +1,142 @@
+"""Estimates as tables: one column per plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from redco_like.cli import units
+
+if TYPE_CHECKING:
+    from search import Estimate, Plan
+
+LABEL_WIDTH, PLAN_WIDTH = 18, 13
+MEMORY_PARTS = ("params", "gradients", "optimizer", "activations", "transient")
+
+
+def plans_that_fit(width: int, count: int) -> int:
+    """How many plans have a column in so many characters."""
+    return max(1, min(count, (width - LABEL_WIDTH - 2) // (PLAN_WIDTH + 2)))
+
+
+def plan_table(
+    plans: Sequence[tuple[str, Plan, Estimate]], *, global_batch: int | None = None, width: int = 120
+) -> Table:
+    """Plans side by side: what they are, their seconds and their bytes. Rows that are zero everywhere are left out.
+
+    Args:
+        plans: (heading, plan, estimate), the one that others are compared with first.
+        global_batch: examples per step.
+        width: characters; plans that do not fit are left out.
+    """
+    plans = plans[: plans_that_fit(width, len(plans))]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    labels = plans[0][2].labels
+    table.add_column(labels.get("seconds", ""), width=LABEL_WIDTH, no_wrap=True, header_style="dim")
+    for i, (heading, _, _) in enumerate(plans):
+        table.add_column(heading, justify="right", min_width=PLAN_WIDTH - 1, style="green" if i == 0 else "")
+
+    def row(name: str, cell: Callable[[Plan, Estimate], str], style: str = "", always: bool = False) -> None:
+        cells = [cell(plan, estimate) for _, plan, estimate in plans]
+        if always or any(text not in ("", "0", "0 s", "-", "0 %") for text in cells):
+            table.add_row(Text(name, style="dim" if name.startswith(" ") else ""), *cells, style=style)
+
+    best = plans[0][2].seconds_per_step
+    row("mesh", lambda p, _: "\n".join(f"{a} {n}" for a, n in p.mesh.sizes.items() if n > 1) or "one device")
+    row("seq. parallel", lambda p, _: "yes" if "sequence" in p.preset.split("+") else "-")
+    if any(p.mesh.stage > 1 for _, p, _ in plans):
+        row("schedule", lambda p, _: _schedule(p))
+    row("order", lambda p, _: "\n".join(p.order) if any("order" in text for text in p.planned) else "-")
+    row("offload", lambda p, _: "\n".join(p.offload) or "-")
+    row("ZeRO-1", lambda p, _: "yes" if p.optimizer_sharding else "-")
+    row("params gathered", lambda p, _: "once" if p.mesh.fsdp > 1 and not p.regather else "-")
+    row("microbatches x ex." if global_batch else "microbatches", lambda p, _: _microbatches(p, global_batch))
+    row("remat", lambda p, _: p.remat, always=True)
+    table.add_section()
+    row("step time", lambda _, e: units.seconds(e.seconds_per_step, 4), style="bold")
+    row(
+        "  slower by",
+        lambda _, e: f"+{units.percent(e.seconds_per_step / best - 1)}" if e.seconds_per_step > best else "-",
+    )
+    row("tokens/s", lambda _, e: units.count(e.tokens_per_second))
+    row("MFU", lambda _, e: units.percent(e.mfu))
+    for part in _parts(plans):
+        row(f"  {part}", lambda _, e, part=part: _share(e.seconds.get(part, 0.0), e.seconds_per_step))
+    row("  hidden transfers", lambda _, e: units.seconds(e.hidden_seconds))
+    row("bound by", lambda _, e: e.binds.partition(":")[0])
+    table.add_section()
+    largest = max(e.bytes_per_device for _, _, e in plans)
+    memory = labels.get("memory", "")
+    name = "memory" if memory == labels.get("seconds", "") else f"memory, {memory}"
+    row(name, lambda _, e: units.size(e.bytes_per_device, largest), style="bold")
+    row("  of usable", lambda _, e: units.percent(e.bytes_per_device / e.usable_bytes))
+    for part in dict.fromkeys((*MEMORY_PARTS, *(part for _, _, e in plans for part in e.memory))):
+        row(f"  {part}", lambda _, e, part=part: units.size(e.memory.get(part, 0), largest))
+    return table
+
+
+def pairs(lines: Sequence[tuple[str, str]]) -> Table:
+    """Lines of a name and a text, the names in a column of their own."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for name, text in lines:
+        table.add_row(Text(name), Text(text))
+    return table
+
+
+def estimate_table(estimate: Estimate) -> Table:
+    """The parts of one estimate, seconds beside bytes."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for name, justify in (
+        ("step", "left"),
+        ("seconds", "right"),
+        ("share", "right"),
+        ("", "left"),
+        ("memory per device", "left"),
+        ("bytes", "right"),
+        ("of usable", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    total = estimate.seconds_per_step
+    used = estimate.bytes_per_device
+    times = [(name, units.seconds(s), units.percent(s / total)) for name, s in estimate.seconds.items() if s > 0]
+    times.append(("total", units.seconds(total, 4), "100 %"))
+    sizes = [
+        (name, units.size(b, used), units.percent(b / estimate.usable_bytes))
+        for name, b in estimate.memory.items()
+        if b
+    ]
+    sizes.append(("total", units.size(used), units.percent(used / estimate.usable_bytes)))
+    for i in range(max(len(times), len(sizes))):
+        left = times[i] if i < len(times) else ("", "", "")
+        right = sizes[i] if i < len(sizes) else ("", "", "")
+        table.add_row(*left, "   ", *right)
+    return table
+
+
+def _parts(plans: Sequence[tuple[str, Plan, Estimate]]) -> list[str]:
+    return list(dict.fromkeys(part for _, _, estimate in plans for part in estimate.seconds))
+
+
+def _share(value: float, total: float) -> str:
+    return f"{units.seconds(value)} {100 * value / total:3.0f} %" if value > 0 else "-"
+
+
+def _microbatches(plan: Plan, global_batch: int | None) -> str:
+    if not global_batch:
+        return str(plan.microbatches)
+    return f"{plan.microbatches} x {global_batch // (plan.mesh.batch_shards * plan.microbatches):,}"
+
+
+def _schedule(plan: Plan) -> str:
+    if plan.mesh.stage == 1:
+        return "-"
+    return (
+        plan.schedule
+        + (f"\n{plan.chunks} chunks" if plan.chunks > 1 else "")
+        + ("\nvocab spread" if plan.vocab == "spread" else "")
+    )
