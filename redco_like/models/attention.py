@@ -1,0 +1,310 @@
+"""Attention in one function, and the modules around it: grouped heads, latent attention, positions, the cache.
+
+    o_BLNV = attend(q_BLNH, k_BMKH, v_BMKV, keep=keep, scale=H**-0.5)
+
+Shape letters: B batch, L queries, M keys, D embed, N = K * G heads, K kv heads, G groups, H head dim, V value dim,
+R rank of the compressed keys and values, T layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from redco_like.models.config import Latent, ModelConfig, yarn_scale
+from redco_like.models.layers import Norm, dense, normal
+
+MASKED = -1e30
+Cache = dict[str, jax.Array]
+
+
+class Context(NamedTuple):
+    """What all layers share.
+
+    Attributes:
+        cos_LR, sin_LR: of rotary positions.
+        bias_1NLM: added to the scores (T5).
+        keep_BM: which keys are no padding.
+        position: of the first query in the cache; None where queries and keys are the same tokens, from the first on.
+    """
+
+    cos_LR: jax.Array | None = None
+    sin_LR: jax.Array | None = None
+    bias_1NLM: jax.Array | None = None
+    keep_BM: jax.Array | None = None
+    position: jax.Array | None = None
+
+
+class PerLayer(NamedTuple):
+    """What differs between layers of one stack: the layer's place in the cache, and how far it looks back."""
+
+    index: jax.Array | None = None
+    window: jax.Array | None = None
+
+
+def attend(
+    q_BLNH: jax.Array,
+    k_BMKH: jax.Array,
+    v_BMKV: jax.Array,
+    *,
+    scale: float,
+    keep: jax.Array | None = None,
+    bias_1NLM: jax.Array | None = None,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """Softmax of scores in float32, times values. Keys are not copied for the heads that share them.
+
+    Args:
+        keep: which scores count; of shape (1 or B, 1, 1, 1 or L, M).
+
+    Returns:
+        (B, L, N, V), in the dtype of the values.
+    """
+    B, L, N, H = q_BLNH.shape
+    M, K = k_BMKH.shape[1:3]
+    q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
+    scores_BKGLM = jnp.einsum("blkgh,bmkh->bkglm", q_BLKGH, k_BMKH, preferred_element_type=jnp.float32) * scale
+    if softcap:
+        scores_BKGLM = softcap * jnp.tanh(scores_BKGLM / softcap)
+    if bias_1NLM is not None:
+        scores_BKGLM += bias_1NLM.reshape(1, K, N // K, L, M).astype(jnp.float32)
+    if keep is not None:
+        scores_BKGLM = jnp.where(keep, scores_BKGLM, MASKED)
+    weights_BKGLM = jax.nn.softmax(scores_BKGLM, axis=-1).astype(v_BMKV.dtype)
+    return jnp.einsum("bkglm,bmkv->blkgv", weights_BKGLM, v_BMKV).reshape(B, L, N, v_BMKV.shape[-1])
+
+
+class Attention(nn.Module):
+    """Self-attention, or attention to `memory_BMD`. q, k, v and out are separate kernels (embed, heads * head_dim)."""
+
+    config: ModelConfig
+    dtype: Any
+    causal: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        context: Context,
+        layer: PerLayer,
+        cache: Cache | None = None,
+        memory_BMD: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        source_BMD = x_BLD if memory_BMD is None else memory_BMD
+
+        def heads(x: jax.Array, count: int, name: str) -> jax.Array:
+            y = dense(count * c.head_dim, name, c.qkv_bias, self.dtype)(x)
+            return y.reshape(*x.shape[:2], count, c.head_dim)
+
+        q_BLNH = heads(x_BLD, c.heads, "q")
+        k_BMKH, v_BMKH = heads(source_BMD, c.kv_heads, "k"), heads(source_BMD, c.kv_heads, "v")
+        if c.qk_norm:
+            q_BLNH = Norm("rms", c.norm_eps, False, self.dtype, name="q_norm")(q_BLNH)
+            k_BMKH = Norm("rms", c.norm_eps, False, self.dtype, name="k_norm")(k_BMKH)
+        if context.cos_LR is not None and context.sin_LR is not None:
+            q_BLNH = rotate(q_BLNH, context.cos_LR, context.sin_LR, c.rope_interleaved)
+            k_BMKH = rotate(k_BMKH, context.cos_LR, context.sin_LR, c.rope_interleaved)
+        if cache is not None:
+            cache = store(cache, context, layer, keys=k_BMKH.swapaxes(1, 2), values=v_BMKH.swapaxes(1, 2))
+            if context.position is not None:
+                k_BMKH, v_BMKH = (load(cache, layer, name).swapaxes(1, 2) for name in ("keys", "values"))
+        L, M = q_BLNH.shape[1], k_BMKH.shape[1]
+        o_BLNH = attend(
+            q_BLNH,
+            k_BMKH,
+            v_BMKH,
+            scale=c.score_scale,
+            keep=kept(c, L, M, context, layer, self.causal),
+            bias_1NLM=alibi(c.heads, L, M, context.position) if c.position == "alibi" else context.bias_1NLM,
+            softcap=c.attention_softcap,
+        )
+        o_BLX = o_BLNH.reshape(*o_BLNH.shape[:2], c.heads * c.head_dim)
+        return dense(c.embed, "out", c.out_bias, self.dtype)(o_BLX), cache
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention; with a cache, queries meet the compressed vectors and keys are never made.
+
+    Hugging Face's `kv_a_proj_with_mqa` is here `kv_a` and `k_rope`, its `kv_b_proj` is `k_b` and `v_b`.
+    """
+
+    config: ModelConfig
+    latent: Latent
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: jax.Array, context: Context, layer: PerLayer, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        c, m = self.config, self.latent
+        B, L, _ = x_BLD.shape
+        N, nope, rope = c.heads, m.nope_dim, m.rope_dim
+        q_BLX = x_BLD
+        if m.query_rank:
+            q_BLX = dense(m.query_rank, "q_a", c.qkv_bias, self.dtype)(q_BLX)
+            q_BLX = Norm("rms", c.norm_eps, False, self.dtype, name="q_norm")(q_BLX)
+        q_BLNH = dense(N * (nope + rope), "q", False, self.dtype)(q_BLX).reshape(B, L, N, nope + rope)
+        q_nope, q_rope = jnp.split(q_BLNH, [nope], axis=-1)
+        c_BLR = dense(m.kv_rank, "kv_a", c.qkv_bias, self.dtype)(x_BLD)
+        c_BLR = Norm("rms", c.norm_eps, False, self.dtype, name="kv_norm")(c_BLR)
+        k_rope = dense(rope, "k_rope", c.qkv_bias, self.dtype)(x_BLD)[:, :, None, :]
+        if context.cos_LR is not None and context.sin_LR is not None:
+            q_rope = rotate(q_rope, context.cos_LR, context.sin_LR, c.rope_interleaved)
+            k_rope = rotate(k_rope, context.cos_LR, context.sin_LR, c.rope_interleaved)
+        k_b = self.param("k_b", normal, (m.kv_rank, N * nope)).astype(self.dtype)
+        v_b = self.param("v_b", normal, (m.kv_rank, N * m.value_dim)).astype(self.dtype)
+        if cache is not None:
+            cache = store(cache, context, layer, latent=c_BLR, rope=k_rope[:, :, 0])
+        if cache is None or context.position is None:
+            k_nope, v_BLNV = (c_BLR @ k_b).reshape(B, L, N, nope), (c_BLR @ v_b).reshape(B, L, N, m.value_dim)
+            k_BLNH = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (B, L, N, rope))], axis=-1)
+            q_BLNH = jnp.concatenate([q_nope, q_rope], axis=-1)
+            o_BLNV = attend(q_BLNH, k_BLNH, v_BLNV, scale=c.score_scale, keep=kept(c, L, L, context, layer, True))
+        else:
+            c_BMR = load(cache, layer, "latent")
+            q_BLNR = jnp.einsum("blnh,rnh->blnr", q_nope, k_b.reshape(m.kv_rank, N, nope))
+            q_BLNX = jnp.concatenate([q_BLNR, q_rope], axis=-1)
+            k_BM1X = jnp.concatenate([c_BMR, load(cache, layer, "rope")], axis=-1)[:, :, None, :]
+            keep = kept(c, L, c_BMR.shape[1], context, layer, True)
+            o_BLNR = attend(q_BLNX, k_BM1X, c_BMR[:, :, None, :], scale=c.score_scale, keep=keep)
+            o_BLNV = jnp.einsum("blnr,rnv->blnv", o_BLNR, v_b.reshape(m.kv_rank, N, m.value_dim))
+        return dense(c.embed, "out", c.out_bias, self.dtype)(o_BLNV.reshape(B, L, N * m.value_dim)), cache
+
+
+# The cache: arrays of all layers, in the carry of the loop over layers, so that an update moves only what is new.
+
+
+def empty_cache(config: ModelConfig, rows: int, length: int, dtype: Any) -> Cache:
+    """Zeros: keys and values (layers, rows, kv heads, length, head dim); with latent attention, the compressed ones."""
+    front = (config.layers, rows)
+    if config.latent:
+        widths = {"latent": config.latent.kv_rank, "rope": config.latent.rope_dim}
+        return {name: jnp.zeros((*front, length, width), dtype) for name, width in widths.items()}
+    shape = (*front, config.kv_heads, length, config.head_dim)
+    return {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
+
+
+def store(cache: Cache, context: Context, layer: PerLayer, **new: jax.Array) -> Cache:
+    """Write what one layer adds; the length is the dimension before the last."""
+    zero = jnp.int32(0)
+    position = zero if context.position is None else context.position
+    index = zero if layer.index is None else layer.index
+    cache = dict(cache)
+    for name, x in new.items():
+        start = (index, *([zero] * (x.ndim - 2)), position, zero)
+        cache[name] = jax.lax.dynamic_update_slice(cache[name], x[None].astype(cache[name].dtype), start)
+    return cache
+
+
+def load(cache: Cache, layer: PerLayer, name: str) -> jax.Array:
+    """What one layer has stored."""
+    return jax.lax.dynamic_index_in_dim(cache[name], 0 if layer.index is None else layer.index, 0, keepdims=False)
+
+
+# Positions.
+
+
+def kept(c: ModelConfig, L: int, M: int, context: Context, layer: PerLayer, causal: bool) -> jax.Array | None:
+    """Which scores count, to be broadcast to (B, K, G, L, M); None for all."""
+    keep = None
+    if causal:
+        distance_LM = distances(L, M, context.position)
+        keep = distance_LM >= 0
+        window = layer.window if layer.window is not None else c.window if c.window and c.window < M else None
+        if window is not None:
+            keep &= distance_LM < window
+        keep = keep[None, None, None]
+    if context.keep_BM is not None:
+        padding = context.keep_BM[:, None, None, None, :]
+        keep = padding if keep is None else keep & padding
+    return keep
+
+
+def distances(L: int, M: int, position: jax.Array | None) -> jax.Array:
+    """How many tokens each key (of M) lies before each query (of L)."""
+    query = jax.lax.broadcasted_iota(jnp.int32, (L, M), 0)
+    query = query if position is None else query + position
+    return query - jax.lax.broadcasted_iota(jnp.int32, (L, M), 1)
+
+
+def alibi(heads: int, L: int, M: int, position: jax.Array | None) -> jax.Array:
+    """Attention with linear biases (arXiv 2108.12409): minus slope times distance, (1, heads, L, M)."""
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    if power != heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:heads]
+    distance_LM = distances(L, M, position).astype(jnp.float32)
+    return -distance_LM[None, None] * jnp.asarray(slopes, jnp.float32)[None, :, None, None]
+
+
+def bucket_bias(table_RN: jax.Array, L: int, M: int, *, both_ways: bool, buckets: int, distance: int) -> jax.Array:
+    """T5's relative bias, (1, heads, L, M): near positions exact, far ones by logarithm."""
+    before_LM = distances(L, M, None)
+    first = jnp.zeros_like(before_LM)
+    if both_ways:
+        buckets //= 2
+        first = jnp.where(before_LM < 0, buckets, 0)
+        before_LM = jnp.abs(before_LM)
+    before_LM = jnp.maximum(before_LM, 0)
+    exact = buckets // 2
+    far = jnp.log(jnp.maximum(before_LM, 1).astype(jnp.float32) / exact) / math.log(distance / exact)
+    far = jnp.minimum(exact + (far * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    bucket_LM = first + jnp.where(before_LM < exact, before_LM, far)
+    return jnp.transpose(table_RN[bucket_LM], (2, 0, 1))[None]
+
+
+def rotary(c: ModelConfig, length: int, position: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, (length, rope_dim / 2), in float32."""
+    frequencies, factor = rope_frequencies(c)
+    steps = jnp.arange(length, dtype=jnp.float32)
+    steps = steps if position is None else steps + position.astype(jnp.float32)
+    angle_LR = steps[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
+    return jnp.cos(angle_LR) * factor, jnp.sin(angle_LR) * factor
+
+
+def rotate(x_BLNH: jax.Array, cos_LR: jax.Array, sin_LR: jax.Array, interleaved: bool) -> jax.Array:
+    """Turn pairs of the first 2 R dimensions of each head; the rest stays."""
+    turned = 2 * cos_LR.shape[-1]
+    x, rest = x_BLNH[..., :turned].astype(jnp.float32), x_BLNH[..., turned:]
+    cos, sin = cos_LR[None, :, None, :], sin_LR[None, :, None, :]
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    y = jnp.stack([a, b], axis=-1).reshape(x.shape) if interleaved else jnp.concatenate([a, b], axis=-1)
+    y = y.astype(x_BLNH.dtype)
+    return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y
+
+
+def rope_frequencies(c: ModelConfig) -> tuple[np.ndarray, float]:
+    """Angle per position of each pair, and a factor on cosines and sines (YaRN, arXiv 2309.00071; LongRoPE)."""
+    dim = c.rope_dim
+    plain = c.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    s = c.rope_scaling
+    if s is None:
+        return plain, 1.0
+    if s.kind == "linear":
+        return plain / s.factor, 1.0
+    if s.kind == "llama3":
+        wavelength = 2 * math.pi / plain
+        smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        return (1 - smooth) * plain / s.factor + smooth * plain, 1.0
+    if s.kind == "longrope":
+        stretch = c.max_length / s.original_length
+        factors = np.asarray(s.long_factor if stretch > 1 else s.short_factor)
+        return plain / factors, math.sqrt(1 + math.log(max(stretch, 1.0)) / math.log(s.original_length))
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+
+    low, high = max(math.floor(dimension(s.beta_fast)), 0), min(math.ceil(dimension(s.beta_slow)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    factor = yarn_scale(s.factor, s.mscale or 1.0)
+    if s.mscale and s.mscale_all_dim:
+        factor /= yarn_scale(s.factor, s.mscale_all_dim)
+    return plain / s.factor * ramp + plain * (1 - ramp), factor

@@ -1,0 +1,144 @@
+"""Decoders: a stack of layers in one scan, for training, for reading a prompt and for one token after the other.
+
+    module = Decoder(config, "bfloat16")
+    logits, cache, balance = module.apply({"params": params}, tokens)
+
+Shape letters as in `attention`; V vocab.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from redco_like.models.attention import Attention, Cache, Context, LatentAttention, PerLayer, rotary
+from redco_like.models.config import ModelConfig
+from redco_like.models.layers import Hidden, Mixture, dense, norm, normal
+
+
+class Block(nn.Module):
+    """One layer; returns the carry (activations, cache) and the balance loss of its experts."""
+
+    config: ModelConfig
+    dtype: Any
+    dense_mlp: bool = False
+    causal: bool = True
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], layer: PerLayer, context: Context
+    ) -> tuple[tuple[jax.Array, Cache | None], jax.Array]:
+        c = self.config
+        x_BLD, cache = carry
+
+        def attention(x: jax.Array) -> jax.Array:
+            nonlocal cache
+            if c.latent is not None:
+                y, cache = LatentAttention(c, c.latent, self.dtype, name="attention")(x, context, layer, cache)
+            else:
+                y, cache = Attention(c, self.dtype, self.causal, name="attention")(x, context, layer, cache)
+            return y
+
+        def hidden(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if c.experts is not None and not self.dense_mlp:
+                return Mixture(c, c.experts, self.dtype, name="mlp")(x)
+            return Hidden(c, c.mlp, self.dtype, name="mlp")(x), jnp.float32(0)
+
+        def normed(name: str, x: jax.Array) -> jax.Array:
+            return norm(c, self.dtype, name)(x)
+
+        match c.block:
+            case "post":
+                x_BLD = normed("attention_norm", x_BLD + attention(x_BLD))
+                y_BLD, balance = hidden(x_BLD)
+                x_BLD = normed("mlp_norm", x_BLD + y_BLD)
+            case "sandwich":
+                x_BLD += normed("attention_out_norm", attention(normed("attention_norm", x_BLD)))
+                y_BLD, balance = hidden(normed("mlp_norm", x_BLD))
+                x_BLD += normed("mlp_out_norm", y_BLD)
+            case "parallel" | "parallel_one_norm":
+                h_BLD = normed("attention_norm", x_BLD)
+                y_BLD, balance = hidden(h_BLD if c.block == "parallel_one_norm" else normed("mlp_norm", x_BLD))
+                x_BLD += attention(h_BLD) + y_BLD
+            case _:
+                x_BLD += attention(normed("attention_norm", x_BLD))
+                y_BLD, balance = hidden(normed("mlp_norm", x_BLD))
+                x_BLD += y_BLD
+        return (x_BLD, cache), balance
+
+
+class Layers(nn.Module):
+    """All layers of a model: `dense_layers` first, where these differ, then `layers`, each stack traced once."""
+
+    config: ModelConfig
+    dtype: Any
+    causal: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None, jax.Array]:
+        c = self.config
+        windows = np.full(c.layers, c.window, np.int32)
+        if c.global_every:
+            windows[c.global_every - 1 :: c.global_every] = np.iinfo(np.int32).max
+        balance = jnp.float32(0)
+        stacks = [("dense_layers", 0, c.dense_layers)] if c.dense_layers else []
+        for name, start, stop in [*stacks, ("layers", c.dense_layers, c.layers)]:
+            layer = PerLayer(
+                None if cache is None else jnp.arange(start, stop, dtype=jnp.int32),
+                jnp.asarray(windows[start:stop]) if c.window and c.global_every else None,
+            )
+            stack = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                length=stop - start,
+            )(c, self.dtype, name == "dense_layers", self.causal, name=name)
+            (x_BLD, cache), losses = stack((x_BLD, cache), layer, context)
+            balance += losses.sum()
+        return x_BLD, cache, balance
+
+
+class Decoder(nn.Module):
+    """Token ids (B, L) to logits (B, L, V), the cache and the balance loss.
+
+    With a cache and no position the tokens are a prompt, and only the last token's logits are made: (B, 1, V).
+    """
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, tokens_BL: jax.Array, cache: Cache | None = None, position: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None, jax.Array]:
+        c = self.config
+        L = tokens_BL.shape[1]
+        table_VD = self.param("embed", normal, (c.vocab, c.embed)).astype(self.dtype)
+        x_BLD = table_VD[tokens_BL]
+        if c.embed_scale:
+            x_BLD *= jnp.asarray(c.embed**0.5, self.dtype)
+        if c.position == "learned":
+            table_PD = self.param("positions", normal, (c.max_length + c.position_offset, c.embed)).astype(self.dtype)
+            start = c.position_offset if position is None else position + c.position_offset
+            x_BLD += jax.lax.dynamic_slice_in_dim(table_PD, start, L)[None]
+        cos, sin = rotary(c, L, position) if c.position == "rotary" else (None, None)
+        context = Context(cos_LR=cos, sin_LR=sin, position=position)
+        x_BLD, cache, balance = Layers(c, self.dtype, name="stack")(x_BLD, context, cache)
+        if cache is not None and position is None:
+            x_BLD = x_BLD[:, -1:]
+        if c.final_norm:
+            x_BLD = norm(c, self.dtype, "norm")(x_BLD)
+        if c.tied:
+            logits_BLV = jnp.einsum("bld,vd->blv", x_BLD, table_VD)
+        else:
+            logits_BLV = dense(c.vocab, "head", c.head_bias, self.dtype)(x_BLD)
+        if c.logit_softcap:
+            logits_BLV = c.logit_softcap * jnp.tanh(logits_BLV / c.logit_softcap)
+        return logits_BLV, cache, balance
