@@ -1,0 +1,105 @@
+"""The tables of the page: plans, sensitivity, logical axes and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from redco_like.report.bars import Row
+from redco_like.report.markup import TIMES, Markup, decimals, gib, join, tag, time_unit
+from redco_like.report.words import MEMORY_PARTS, exposed, how_words, mesh_words
+from sharding_rules import Layout
+from sharding_rules.explain import axis_lines, param_lines
+
+
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    groups: Sequence[tuple[str, int]] = (),
+    numbers: Sequence[int] = (),
+    best: int = -1,
+) -> Markup:
+    """Write a table.
+
+    Args:
+        head, rows: text or markup.
+        groups: heads over some columns each, and their number.
+        numbers: columns that are aligned right.
+        best: row that is set in bold.
+    """
+    of = lambda k: "n" if k in numbers else None  # noqa: E731
+    top = [
+        tag("tr", *(tag("th", words, colspan=count, class_="group" if words else "none") for words, count in groups))
+    ]
+    top = [*(top if groups else []), tag("tr", *(tag("th", c, class_=of(k), scope="col") for k, c in enumerate(head)))]
+    body = [
+        tag("tr", *(tag("td", cell, class_=of(k)) for k, cell in enumerate(row)), class_="best" if i == best else None)
+        for i, row in enumerate(rows)
+    ]
+    return tag("div", tag("table", tag("thead", *top), tag("tbody", *body)), class_="scroll")
+
+
+def plans_table(rows: Sequence[Row]) -> Markup:
+    """The winner and the runners-up: what they choose, where their seconds go, what they keep."""
+    unit, size = time_unit(rows[0].estimate.seconds_per_step)
+    best = rows[0].estimate.seconds_per_step
+    parts = ["bubble", "offload", "optimizer"]
+    parts = [part for part in parts if any(row.estimate.seconds.get(part) for row in rows)]
+    memory = [part for part in MEMORY_PARTS if any(row.estimate.memory.get(part) for row in rows)]
+    places = decimals(best / size)
+    after = decimals(max(row.estimate.bytes_per_device for row in rows) / 2**30)
+    cells = []
+    for row in rows:
+        e = row.estimate
+        kept = [*(e.memory.get(part, 0) for part in memory), e.bytes_per_device]
+        timed = [e.seconds.get("compute", 0.0), sum(exposed(e).values()), *(e.seconds.get(part, 0.0) for part in parts)]
+        more = [how_words(row.plan), f"preset {row.plan.preset}"]
+        more += ["not run yet: " + ", ".join(row.plan.planned)] if row.plan.planned else []
+        plan = [tag("div", mesh_words(row.plan)), *(tag("div", words, class_="more") for words in more)]
+        cells.append(
+            [
+                row.name,
+                join(*plan),
+                f"{e.seconds_per_step / size:.{places + 1}f}",
+                "" if row is rows[0] else f"+{100 * (e.seconds_per_step / best - 1):.1f} %",
+                f"{100 * e.mfu:.1f} %",
+                *(f"{s / size:.{places}f}" for s in timed),
+                *(f"{b / 2**30:.{after}f}" for b in kept),
+            ]
+        )
+    head = ["", "plan", f"step, {unit}", "slower", "MFU", "compute", "waits", *parts]
+    groups = (("", 5), (f"{unit} per step", 2 + len(parts)), ("GiB per device", len(memory) + 1))
+    head += [*(MEMORY_PARTS[part] for part in memory), "all"]
+    return table(head, cells, groups=groups, numbers=range(2, len(head)), best=0 if len(rows) > 1 else -1)
+
+
+def axes_table(layout: Layout) -> Markup:
+    """Logical rows -> mesh axes."""
+    rows = [
+        [a.name, f"{a.size:,}", f"{a.count:,}", a.split.replace(" x ", f" {TIMES} ") or "—", a.found]
+        for a in sorted(axis_lines(layout), key=lambda a: not a.split)
+    ]
+    return table(["logical axis", "elements", "axes", "split over", "found in"], rows, numbers=(1, 2))
+
+
+def params_table(layout: Layout) -> Markup:
+    """Parameters with their specs; those of repeated layers are one line."""
+    rows = [
+        [
+            join(tag("code", p.path), f" ({p.count})" if p.count > 1 else ""),
+            f" {TIMES} ".join(f"{n:,}" for n in p.shape) or "scalar",
+            p.axes,
+            tag("code", p.at_rest),
+            tag("code", p.in_use) if p.in_use != p.at_rest else "same",
+            gib(p.bytes_per_device),
+        ]
+        for p in param_lines(layout)
+    ]
+    head = ["parameter", "shape", "logical axes", "spec at rest", "spec in use", "bytes per device"]
+    return table(head, rows, numbers=(5,))
+
+
+def params_total(layout: Layout) -> tuple[int, int]:
+    """Number of parameter arrays, and their bytes per device."""
+    lines = param_lines(layout)
+    return sum(p.count for p in lines), sum(p.bytes_per_device for p in lines)
