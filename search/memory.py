@@ -36,8 +36,7 @@ from jax.extend.core import Var
 from search.attention import axes_key, score_keys
 from search.fusion import INLINED, Block, Where
 from search.liveness import CHECKPOINTS, Call, Remat, Step, analyse_step, bytes_of, calls, dtype_of
-from search.saved import Saved, saved_in
-from search.units import Value
+from search.units import Unit, Value
 from sharding_rules import AXES, CONTEXT, DATA, EXPERT, TENSOR, Layout, TracedFunction
 from sharding_rules.axes import BATCH, PARAM, Dims, Scope, loop_parts, shape_of
 from sharding_rules.partition import array_spec, tree_bytes
@@ -46,6 +45,10 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+COSTLY = frozenset({"random_bits", "threefry2x32", "concatenate", "pad"})
+"""Elementwise operations that are not computed again."""
+LOOPED = ("elementwise", "reduce")
+PRODUCTS = ("dot", "conv", "ragged")
 VALUE, GRADIENT, GATHERED = range(3)
 """Kinds of values: of the step itself, gradients of parameters, weights gathered over fsdp."""
 
@@ -209,12 +212,13 @@ class _Program:
 
     def __init__(self, step: Step, rows: Sequence[str], batch_rows: frozenset[str], fused_attention: bool):
         self.values = _Values(rows, batch_rows)
-        kept = saved_in(step, fused_attention=fused_attention)
-        layers = _repeats(kept)
-        self._kept = [self.values.add(s.bytes, s.axes) for s in kept]
-        self._in_layers = np.array([layers > 1 and n % layers == 0 for n in _counts(kept)], bool)
         scores = score_keys(step) if fused_attention else None
         self.body = _Body(self.values, step, step.table.scope, Where(), scores, None)
+        kept = self.body.kept()
+        counts = _counts(kept)
+        layers = _repeats(kept, counts)
+        self._kept = [k.index for k in kept]
+        self._in_layers = np.array([layers > 1 and n % layers == 0 for n in counts], bool)
         self.values.freeze()
         self.body.freeze(self.values)
 
@@ -227,29 +231,30 @@ class _Program:
             fixed, shrinking = kept_k[mask & ~batched_k].sum(), kept_k[mask & batched_k].sum()
             return fixed + shrinking / parts_n
 
-        layers_n, outside_n = kept(self._in_layers), kept(~self._in_layers)
+        layers_n, rest_n = kept(self._in_layers), kept(~self._in_layers)
         peak_n, gathered_n = self.body.peak(local_v, batched_v, parts_n, fsdp_n)
-        gradients_n = self.body.gradients(local_v) / fsdp_n
-        beyond_n = peak_n - layers_n - outside_n - np.where(parts_n > 1, 0.0, gradients_n)
-        gathered_n = np.minimum(gathered_n, np.maximum(beyond_n, 0.0))
-        transient_n = np.maximum(beyond_n - gathered_n, 0.0)
+        gradients_n = np.where(parts_n > 1, 0.0, self.body.gradients(local_v) / fsdp_n)
+        # What is not there any more, or not yet, at the fullest moment: kept by the head, or gradients of layers.
+        beyond_n = np.maximum(peak_n - layers_n - gradients_n, 0.0)
+        outside_n = np.minimum(rest_n, beyond_n)
+        gathered_n = np.minimum(gathered_n, beyond_n - outside_n)
+        transient_n = beyond_n - outside_n - gathered_n
         return ActivationBytes(*(np.ceil(x).astype(np.int64) for x in (layers_n, outside_n, transient_n, gathered_n)))
 
 
-def _counts(kept: Sequence[Saved]) -> list[int]:
+def _counts(kept: Sequence[_Kept]) -> list[int]:
     """How often each kept value occurs, counting those that are alike as one."""
     total: dict[Any, int] = {}
-    keys = [(s.shape, str(s.dtype), s.axes, s.source) for s in kept]
-    for key, s in zip(keys, kept, strict=True):
-        total[key] = total.get(key, 0) + s.trips
-    return [total[key] for key in keys]
+    for k in kept:
+        total[k.like] = total.get(k.like, 0) + k.trips
+    return [total[k.like] for k in kept]
 
 
-def _repeats(kept: Sequence[Saved]) -> int:
+def _repeats(kept: Sequence[_Kept], counts: Sequence[int]) -> int:
     """The number of layers: the count that most of the bytes of what is kept have."""
-    weight: dict[int, int] = {}
-    for s, count in zip(kept, _counts(kept), strict=True):
-        weight[count] = weight.get(count, 0) + s.bytes
+    weight: dict[int, float] = {}
+    for k, count in zip(kept, counts, strict=True):
+        weight[count] = weight.get(count, 0.0) + k.bytes
     weight.pop(1, None)
     return max(weight, key=lambda n: (weight[n], -n), default=1)
 
@@ -266,6 +271,16 @@ class _Interval:
     stop: int
     kind: int
     sign: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A value that the backward pass keeps: what it is like, and how many such values a loop has put into it."""
+
+    index: int
+    bytes: float
+    like: Any
+    trips: int
 
 
 class _Body:
@@ -289,6 +304,9 @@ class _Body:
         self._checkpointed: set[int] = set()
         self._nested: list[tuple[int, Scope, int, Where]] = []
         self._now = 0
+        self._boundary = 0
+        self._made: dict[int, Value] = {}
+        self._trips: dict[Value, int] = {}
         self.block = Block(step, where, scores)
         if call is not None and outer is not None:
             block, around = outer
@@ -315,6 +333,8 @@ class _Body:
                 self._walk(inner[0].scope, dataclasses.replace(here, checkpoint=checkpoint))
                 continue
             self._now += 1
+            if top and position == self.step.flow.boundary:
+                self._boundary = self._now
             self._times.update({(id(scope), var): self._now for var in eqn.outvars})
             if inner:
                 self._nested.append((self._now, scope, position, here))
@@ -322,7 +342,7 @@ class _Body:
     def _roots(self, scope: Scope, atom: Any) -> tuple[Value, ...]:
         return self.block.roots.get((id(scope), atom), ()) if isinstance(atom, Var) else ()
 
-    def _read(self, scope: Scope, units: list[Any], call: Call | None, scores: frozenset[Any] | None) -> None:
+    def _read(self, scope: Scope, units: list[Unit], call: Call | None, scores: frozenset[Any] | None) -> None:
         end = self._now + 1
         jaxpr = scope.jaxpr
         made: dict[Value, int] = {}
@@ -330,20 +350,22 @@ class _Body:
         held: set[Value] = set()
         weights: dict[tuple[Value, bool], list[int]] = {}
         operands = self.block.units.operands
+        stored = _Stored(self.block, units, self._checkpointed)
 
-        for unit in units:
-            if not unit.writes:
+        for root, unit in stored.groups.items():
+            written = [v for v in stored.written[root] if v in self._times]
+            if not written:
                 continue
-            time = max(self._times[v] for v in unit.writes)
-            again = unit.phase != "forward" and any(key in self._checkpointed for key, _ in unit.writes)
-            for value in unit.writes:
+            time = max(self._times[v] for v in written)
+            again = stored.again[root]
+            for value in written:
                 made[value] = self._times[value]
-            largest = max(operands[v].bytes for v in unit.writes)
-            for value in unit.reads:
+            largest = max(operands[v].bytes for v in written)
+            for value in stored.reads[root]:
                 # What a fused loop reads for the last time it may write over.
                 over = unit.kind == "elementwise" and operands[value].bytes <= largest
                 last[value] = max(last.get(value, 0), time - 1 if over else time)
-                if value not in unit.writes and operands[value].weight and unit.kind != "elementwise":
+                if operands[value].weight and unit.kind != "elementwise":
                     weights.setdefault((value, again), []).append(time)
         for time, around, position, where in self._nested:
             self._run_inside(time, around, position, where, scores, made, last)
@@ -354,6 +376,7 @@ class _Body:
         for atom in outs[:carried] if call is not None and call.loop != (0, 0) else outs:
             held |= set(self._roots(scope, atom))
         gradients: set[Value] = set()
+        nested = {time for time, _ in self.inner}
         if call is None:
             gradients = {root for atom in outs[self._results() :] for root in self._roots(scope, atom)}
         for value, begin in made.items():
@@ -361,12 +384,14 @@ class _Body:
             if operand.bytes == 0 or (scores is not None and _is_score(operand.dims, scores)):
                 continue
             index = self._add(operand.bytes, operand.dims)
+            self._made[index] = value
             stop = max(last.get(value, begin), begin)
             if value in gradients:
                 width = jnp.dtype(dtype_of(value[1])).itemsize
                 rest = self._add(operand.bytes * max(1, 4 // width), operand.dims)
                 self.intervals.append(_Interval(rest, begin, end, GRADIENT))
-                self.intervals.append(_Interval(index, begin, begin, VALUE))
+                if begin not in nested:
+                    self.intervals.append(_Interval(index, begin, begin, VALUE))
             else:
                 self.intervals.append(_Interval(index, begin, end if value in held else stop, VALUE))
         for value in carries & set(operands):
@@ -407,11 +432,24 @@ class _Body:
                     last[root] = max(last.get(root, 0), time - 1 if over else time)
             bodies.append(_Body(self.values, self.step, call.scope, inside, scores, call, (self.block, scope), scale))
         self.inner.append((time, bodies))
-        for var in eqn.outvars:
+        stacked = range(loop_parts(eqn)[1], len(eqn.outvars)) if name == "scan" else ()
+        for i, var in enumerate(eqn.outvars):
             made[(id(scope), var)] = time
+            self._trips[(id(scope), var)] = shape_of(var)[0] if i in stacked else 1
 
     def _add(self, bytes_: int, dims: Dims) -> int:
         return self.values.add(float(bytes_ * self.scale), self.step.names(dims))
+
+    def kept(self) -> list[_Kept]:
+        """What is alive when the forward pass ends and read after it."""
+        out = []
+        for i in self.intervals:
+            if i.kind == VALUE and i.sign > 0 and i.start < self._boundary < i.stop:
+                value = self._made[i.index]
+                bytes_, trips = self.values.bytes[i.index], self._trips.get(value, 1)
+                like = (bytes_ / trips, self.step.names(self.block.units.operands[value].dims)[trips > 1 :])
+                out.append(_Kept(i.index, bytes_, like, trips))
+        return out
 
     def freeze(self, values: _Values) -> None:
         """Turn the intervals into arrays."""
@@ -471,6 +509,92 @@ class _Body:
         np.add.at(change_t, self.start_i[mask], bytes_i)
         np.add.at(change_t, np.minimum(self.stop_i[mask], self.length), -bytes_i)
         return np.cumsum(change_t)[:-1]
+
+
+class _Stored:
+    """Which values of a body are in memory: those of fused units, less what each reader computes again, as XLA does.
+
+    * A cheap elementwise operation is computed again by all that read it, if all are fused loops.
+    * What the forward pass (or its recomputation) makes by elementwise operations, the backward pass of the same body
+      computes again from products and reductions, unless a `jax.checkpoint` lies between them.
+
+    Attributes:
+        groups: fused unit by its first equation's.
+        written: values that it leaves in memory.
+        reads: values in memory that it reads.
+        again: whether it is under a `jax.checkpoint` in the backward pass.
+    """
+
+    def __init__(self, block: Block, units: list[Unit], checkpointed: set[int]):
+        self._all = block.units
+        self.groups = dict(zip(self._all.groups(), units, strict=True))
+        self.again: dict[int, bool] = {}
+        for root, unit in self.groups.items():
+            scopes = {key for key, _ in unit.writes}
+            self.again[root] = unit.phase != "forward" and bool(scopes & checkpointed)
+        self._virtual: dict[Value, bool] = {}
+        self.reads: dict[int, set[Value]] = {}
+        self.written: dict[int, set[Value]] = {}
+        for root, unit in self.groups.items():
+            self.written[root] = {v for v in unit.writes if self._near(v, root) and not self._is_virtual(v)}
+        needed = {value for written in self.written.values() for value in written}
+        for root, unit in self.groups.items():
+            self.reads[root] = {s for v in unit.reads for s in self._sources(v, root)}
+            if self.written[root]:
+                needed |= self.reads[root]
+        # A costly operation inside a loop whose cheap readers are computed again elsewhere.
+        for root, members in self._all.groups().items():
+            inside = {v for i in members for v in self._all.units[i].writes}
+            self.written[root] |= inside & needed
+
+    def _sources(self, value: Value, reader: int) -> set[Value]:
+        """What a fused unit reads of memory for a value."""
+        if not self._is_virtual(value) and not self._is_far(value, reader):
+            return {value}
+        unit = self._all.units[self._all.producer[value]]
+        return {source for read in unit.reads for source in self._sources(read, reader)}
+
+    def _near(self, value: Value, root: int) -> bool:
+        """Whether anything outside a group reads a value as it is."""
+        readers = self._all.read_outside(value, root)
+        return any(r < 0 or not self._is_far(value, self._all.find(r)) for r in readers)
+
+    def _is_far(self, value: Value, reader: int) -> bool:
+        """Whether a unit of the backward pass computes a value of the forward pass again."""
+        index = self._all.producer.get(value)
+        if index is None or reader not in self.groups:
+            return False
+        unit, root, there = self._all.units[index], self._all.find(index), self.groups[reader]
+        return (
+            unit.kind == "elementwise"
+            and unit.source.primitive.name not in COSTLY
+            and not self._all.operands[value].weight
+            and unit.phase != "backward"
+            and there.phase == "backward"
+            and there.kind in (*LOOPED, *PRODUCTS)
+            and self.again[root] == self.again[reader]
+        )
+
+    def _is_virtual(self, value: Value) -> bool:
+        if value not in self._virtual:
+            self._virtual[value] = self._computed_again(value)
+        return self._virtual[value]
+
+    def _computed_again(self, value: Value) -> bool:
+        index = self._all.producer.get(value)
+        if index is None:
+            return False
+        unit, root = self._all.units[index], self._all.find(index)
+        if unit.kind != "elementwise" or unit.transcendentals or unit.source.primitive.name in COSTLY:
+            return False
+        for r in self._all.readers.get(value, ()):
+            reader = self._all.find(r) if r >= 0 else -1
+            if reader not in self.groups:
+                return False
+            fused = self.groups[reader].kind in LOOPED and self.again[reader] == self.again[root]
+            if not fused and not self._is_far(value, reader):
+                return False
+        return True
 
 
 def _is_score(dims: Dims, scores: frozenset[Any]) -> bool:
