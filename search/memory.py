@@ -174,7 +174,7 @@ class _Values:
 
     def __init__(self, rows: Sequence[str], batch_rows: frozenset[str]):
         self._column = {name: i for i, name in enumerate(rows)}
-        self._batch = batch_rows
+        self.batch_rows = batch_rows
         self._sets: dict[frozenset[str], int] = {}
         self.bytes: list[float] = []
         self.set: list[int] = []
@@ -184,7 +184,7 @@ class _Values:
         rows = frozenset(name for dim in names for name in dim if name in self._column)
         self.bytes.append(bytes_)
         self.set.append(self._sets.setdefault(rows, len(self._sets)))
-        self.batched.append(bool(rows & self._batch))
+        self.batched.append(bool(rows & self.batch_rows))
         return len(self.bytes) - 1
 
     def freeze(self) -> None:
@@ -307,6 +307,7 @@ class _Body:
         self._boundary = 0
         self._made: dict[int, Value] = {}
         self._trips: dict[Value, int] = {}
+        self._scopes: dict[int, Scope] = {}
         self.block = Block(step, where, scores)
         if call is not None and outer is not None:
             block, around = outer
@@ -321,6 +322,7 @@ class _Body:
 
     def _walk(self, scope: Scope, where: Where) -> None:
         """Number the equations in the order of the program, calls that are no loops inlined."""
+        self._scopes[id(scope)] = scope
         top = scope is self.step.table.scope
         for position in self.step.flow.live(scope):
             eqn = scope.jaxpr.eqns[position]
@@ -367,6 +369,8 @@ class _Body:
                 last[value] = max(last.get(value, 0), time - 1 if over else time)
                 if operands[value].weight and unit.kind != "elementwise":
                     weights.setdefault((value, again), []).append(time)
+        for unit in self.block.units.units:
+            self._whole(unit)
         for time, around, position, where in self._nested:
             self._run_inside(time, around, position, where, scores, made, last)
 
@@ -402,6 +406,33 @@ class _Body:
             if value not in made and operands[value].bytes:
                 index = self._add(operands[value].bytes, operands[value].dims)
                 self.intervals.append(_Interval(index, min(times), max(times), GATHERED))
+
+    def _whole(self, unit: Unit) -> None:
+        """Add what works on the whole batch on every device: lookups along it, and products of sorted tokens.
+
+        XLA has no partitioned form of either.
+        """
+        eqn = unit.source
+        if unit.kind == "ragged":
+            along = eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+        elif unit.kind == "gather":
+            along = eqn.params["dimension_numbers"].start_index_map
+        elif unit.kind == "scatter" and "dimension_numbers" in eqn.params:
+            along = eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
+        else:
+            return
+        (value,) = unit.writes
+        operand, out = eqn.invars[0], eqn.outvars[0]
+        dims = self._scopes[value[0]].dims
+        if not isinstance(operand, Var) or operand not in dims:
+            return
+        names = self.step.names(dims[operand])
+        if not any(name in self.values.batch_rows for d in along for name in names[d]):
+            return
+        for var in (*(v for v in eqn.invars if isinstance(v, Var) and v in dims), out):
+            rows = [[n for n in dim if n not in self.values.batch_rows] for dim in self.step.names(dims[var])]
+            index = self.values.add(float(bytes_of(var) * self.scale), rows)
+            self.intervals.append(_Interval(index, self._times[value], self._times[value], VALUE))
 
     def _results(self) -> int:
         """Results of the step before the gradients: the loss and what else the loss function returns."""
