@@ -111,7 +111,7 @@ class ParamLine:
     Attributes:
         path: with `*` for numbers.
         count: parameters.
-        shape, axes: of one; its logical axes in words.
+        shape, dtype, axes: of one, as it was traced; its logical axes in words.
         at_rest, in_use: its spec in words, "whole" where no mesh axis splits it.
         bytes_per_device: of all of them, at rest.
     """
@@ -119,6 +119,7 @@ class ParamLine:
     path: str
     count: int
     shape: tuple[int, ...]
+    dtype: str
     axes: str
     at_rest: str
     in_use: str
@@ -148,13 +149,13 @@ def param_lines(layout: Layout) -> list[ParamLine]:
     dims_of = layout.table.inputs(layout.params)
     for (path, (compute, rest)), leaf, dims in zip(layout.param_shares.items(), abstract, dims_of, strict=True):
         names = " ".join(_dim_name(layout, dim) for dim in dims)
-        key = (_generic(path), tuple(leaf.shape), names, _spec(rest.entries), _spec(compute.entries))
+        key = (_generic(path), tuple(leaf.shape), leaf.dtype.name, names, _spec(rest.entries), _spec(compute.entries))
         entry = counts.setdefault(key, [0, 0])
         entry[0] += 1
         entry[1] += bytes_per_device(leaf, rest.entries, layout.mesh_shape)
     return [
-        ParamLine(path, count, shape, names, at_rest, in_use, size)
-        for (path, shape, names, at_rest, in_use), (count, size) in counts.items()
+        ParamLine(path, count, shape, dtype, names, at_rest, in_use, size)
+        for (path, shape, dtype, names, at_rest, in_use), (count, size) in counts.items()
     ]
 
 

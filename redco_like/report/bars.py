@@ -121,7 +121,11 @@ def _panel(
     bottom = top + pitch * len(rows)
     marks = [text(left, top - 16, panel.title, "small")]
     for tick in ticks(0, panel.most, 4):
-        marks.append(line(left + tick * scale, top - 2, left + tick * scale, bottom, "grid"))
+        # Where words stand above the bars, only the bars have a grid.
+        spans = (
+            [(top + pitch * i + below - 3, BAR + 6) for i in range(len(rows))] if below else [(top - 2, bottom - top)]
+        )
+        marks += [line(left + tick * scale, y, left + tick * scale, y + length, "grid") for y, length in spans]
         anchor = "start" if not tick and below else "middle"
         marks.append(text(left + tick * scale, bottom + 14, f"{tick:g}", "tick", anchor=anchor))
     for i, row in enumerate(rows):

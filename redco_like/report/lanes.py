@@ -112,6 +112,8 @@ def _microbatches(plan: Plan, estimate: Estimate, forward_share: float) -> Step:
     for k in range(m):
         now = k * period
         for kind, share in (("forward", forward_share), ("backward", 1 - forward_share)):
+            if not share:
+                continue
             begin, now = now, now + share * compute
             where = f"microbatch {k + 1} of {m}" if m > 1 else "the whole batch"
             work.append(Block(begin, now, kind, str(k + 1), f"{WORDS[kind]}, {where}: {seconds(now - begin)}"))

@@ -85,7 +85,7 @@ def text_width(words: str, size: float = 12) -> float:
 def digits(value: float, count: int = 3) -> str:
     """A number to so many significant digits, never in scientific notation.
 
-    >>> digits(1234.5), digits(12.345), digits(0.012345)
+    >>> digits(1234.6), digits(12.345), digits(0.012345)
     ('1235', '12.3', '0.0123')
     """
     if value == 0 or not math.isfinite(value):
@@ -122,7 +122,7 @@ def time_unit(value: float) -> tuple[str, float]:
 def amount(value: float) -> str:
     """A count with a short unit.
 
-    >>> amount(1_048_576), amount(70.55e9), amount(512)
+    >>> amount(1_048_576), amount(70.6e9), amount(512)
     ('1.05 M', '70.6 G', '512')
     """
     for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -153,20 +153,20 @@ def percent(share: float) -> str:
 
 
 def round_step(least: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is not below.
+    """The smallest of 1, 2, 5 times a power of ten that is at least about this.
 
-    >>> round_step(0.3), round_step(12)
-    (0.5, 20)
+    >>> round_step(0.3), round_step(13), round_step(20.4)
+    (0.5, 20, 20)
     """
     power = math.floor(math.log10(least))
-    return next(m * 10**power for m in (1, 2, 5, 10) if m * 10**power >= least * 0.999)
+    return next(m * 10**power for m in (1, 2, 5, 10) if m * 10**power >= least * 0.8)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers within an interval.
 
     >>> ticks(0, 11)
-    [0.0, 5.0, 10.0]
+    [0, 2, 4, 6, 8, 10]
     """
     if not high > low:
         return [low]

@@ -69,7 +69,7 @@ def report_html(
     sections = [_headline(title, problem, rows, result)]
     if rows:
         best = rows[0]
-        sections += [_compared(rows), _timeline(best, model), _communication(best.estimate, best.plan)]
+        sections += [_compared(rows), _timeline(best, model, problem), _communication(best.estimate, best.plan)]
         if len(front) > 1:
             sections.append(_pareto(front, rows))
         sections += [_table(rows), _axes(best.plan, model, problem), _file(best.plan)]
@@ -103,11 +103,12 @@ def _rows(result: SearchResult | None, plan: Plan | None, estimate: Estimate | N
 
 
 def _headline(title: str, problem: Any, rows: Sequence[Row], result: SearchResult | None) -> Markup:
-    facts = [str(field(problem, "description") or "")]
-    if not facts[0]:
-        known = {"parameters": "parameters", "seq_len": "tokens per sequence", "global_batch": "examples per step"}
-        facts = [f"{_count(field(problem, k))} {words}" for k, words in known.items() if field(problem, k)]
-        facts += [str(field(problem, k)) for k in ("optimizer", "dtype") if isinstance(field(problem, k), str)]
+    name = str(field(problem, "name") or "")
+    facts = [str(field(problem, "description") or "").removeprefix(f"{name}: ")]
+    known = {"seq_len": "tokens per sequence", "global_batch": "examples per step"}
+    known |= {} if facts[0] else {"parameters": "parameters"}
+    facts += [f"{_count(field(problem, k))} {words}" for k, words in known.items() if field(problem, k)]
+    facts += [str(field(problem, k)) for k in ("optimizer", "task") if field(problem, k, "train") != "train"]
     top = [
         tag("p", "redco-like plan", class_="eyebrow"),
         tag("h1", title),
@@ -198,8 +199,8 @@ def _compared(rows: Sequence[Row]) -> Markup:
     )
 
 
-def _timeline(row: Row, model: TracedModel | None) -> Markup:
-    step = step_lanes(row.plan, row.estimate, forward_share=_forward_share(model, row.plan))
+def _timeline(row: Row, model: TracedModel | None, problem: Any) -> Markup:
+    step = step_lanes(row.plan, row.estimate, forward_share=_forward_share(model, row.plan, problem))
     e = row.estimate
     waits = sum(exposed(e).values())
     said = f"Devices compute for {_of(e.seconds.get('compute', 0.0), e)} of the step"
@@ -234,8 +235,8 @@ def _communication(e: Estimate, plan: Plan) -> Markup:
     most = max(e.communication, key=lambda axis: e.communication[axis]["seconds"])
     waits = sum(exposed(e).values())
     said = (
-        f"A device sends {gib(total)} per step, longest over {most}; "
-        f"compute waits for {seconds(waits)} of it, {_of(waits, e)} of the step."
+        f"Collectives of a device move {gib(total)} per step, longest over {most}; "
+        f"compute waits for them {seconds(waits)}, {_of(waits, e)} of the step."
     )
     return _section(
         "communication",
@@ -274,7 +275,7 @@ def _axes(plan: Plan, model: TracedModel | None, problem: Any) -> Markup:
     layout = _layout(plan, model, problem)
     if layout is None:
         return _section("axes", "Axes", "The table of axes needs the model; this page was made from the plan alone.")
-    count, size = params_total(layout)
+    count, size = params_total(layout, plan.param_dtype)
     return _section(
         "axes",
         "What is split over what",
@@ -282,8 +283,8 @@ def _axes(plan: Plan, model: TracedModel | None, problem: Any) -> Markup:
         axes_table(layout),
         tag(
             "details",
-            tag("summary", f"Parameters: {count:,} arrays, {gib(size)} per device"),
-            params_table(layout),
+            tag("summary", f"Parameters: {count:,} arrays, {gib(size)} per device as {plan.param_dtype}"),
+            params_table(layout, plan.param_dtype),
             class_="print",
         ),
         long=True,
@@ -332,8 +333,10 @@ def _layout(plan: Plan, model: TracedModel | None, problem: Any) -> Layout | Non
         return None
 
 
-def _forward_share(model: TracedModel | None, plan: Plan) -> float | None:
-    """Share of the flops of a step that its forward pass has."""
+def _forward_share(model: TracedModel | None, plan: Plan, problem: Any) -> float | None:
+    """Share of a step's flops that its forward pass has; None where neither the model nor the task says it."""
+    if field(problem, "task", "train") != "train":
+        return 1.0
     work = model.works.get(plan.remat) if model is not None else None
     phases = work.flops_by("phase") if work is not None else {}
     return phases.get("forward", 0) / sum(phases.values()) if any(phases.values()) else None

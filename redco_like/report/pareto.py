@@ -65,12 +65,12 @@ def draw_pareto(front: Sequence[Row], rows: Sequence[Row], width: int) -> Markup
     labels = _Labels([(x(r.estimate.seconds_per_step), y(r.estimate.bytes_per_device / 2**30)) for r in every])
     for k, row in reversed(list(enumerate(rows))):
         at = x(row.estimate.seconds_per_step), y(row.estimate.bytes_per_device / 2**30)
-        marks.append(_circle(*at, 6, "winner" if k == 0 else "runner", plan_tip(row.name, row.plan, row.estimate)))
+        marks.append(_circle(*at, 5, "winner" if k == 0 else "runner", plan_tip(row.name, row.plan, row.estimate)))
     for k, row in enumerate(rows):
         at = x(row.estimate.seconds_per_step), y(row.estimate.bytes_per_device / 2**30)
         for words in [f"{row.name}  {mesh_words(row.plan)}"] * (k == 0 and not narrow) + [row.name]:
             if place := labels.place(*at, words, (left, width)):
-                marks.append(text(*place, words, "strong" if k == 0 else "small"))
+                marks.append(text(*place, words, "mark strong" if k == 0 else "mark small"))
                 break
     return svg(width, height, *marks, label="time against memory")
 
@@ -83,7 +83,7 @@ class _Labels:
     """Puts labels beside points where they cover neither points nor labels; leaves out what has no place."""
 
     def __init__(self, points: Sequence[tuple[float, float]]):
-        self.taken = [(a - 6, b - 6, a + 6, b + 6) for a, b in points]
+        self.taken = [(a - 5, b - 5, a + 5, b + 5) for a, b in points]
 
     def place(self, x: float, y: float, words: str, within: tuple[float, float]) -> tuple[float, float] | None:
         wide = text_width(words)

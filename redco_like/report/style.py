@@ -45,6 +45,7 @@ text.small,text.tick{fill:var(--soft)}
 text.small{font-size:11.5px}
 text.name{font-size:12px}
 text.strong{font-weight:650;fill:var(--fg)}
+text.mark{paint-order:stroke;stroke:var(--bg);stroke-width:3px}
 text.limit-text{fill:var(--limit)}
 text.on{font-size:11px;fill:var(--on-dark);pointer-events:none}
 text.on.backward,text.on.hidden{fill:var(--on-light)}
@@ -62,10 +63,11 @@ KIND_RULES
 .front{fill:none;stroke:var(--soft);stroke-width:1}
 circle{cursor:default;outline-offset:3px}
 .point{fill:var(--bg);stroke:var(--forward);stroke-width:1.6}
-.runner{fill:var(--bg);stroke:var(--optimizer);stroke-width:2}
-.winner{fill:var(--exposed);stroke:var(--bg);stroke-width:1.5}
+.runner{fill:var(--bg);stroke:var(--winner);stroke-width:1.6}
+.winner{fill:var(--winner);stroke:var(--bg);stroke-width:1.5}
 .scroll{overflow-x:auto;margin-top:10px}
-table{border-collapse:collapse;font-size:13px;line-height:1.35;width:100%}
+table{border-collapse:collapse;font-size:13px;line-height:1.35}
+table.full{width:100%}
 th{font-weight:500;color:var(--soft);text-align:left;vertical-align:bottom;border-bottom:1px solid var(--fg)}
 th,td{padding:5px 12px 5px 0;vertical-align:top}
 th.group{text-align:center;border-bottom-color:var(--faint)}
@@ -131,6 +133,6 @@ def css() -> str:
     more = (
         "i.idle{background:var(--idle)}i.point,i.runner,i.winner{border-radius:50%;"
         "border:2px solid;width:11px;height:11px}"
-        "i.point{border-color:var(--forward)}i.runner{border-color:var(--optimizer)}i.winner{background:var(--exposed);border-color:var(--exposed)}"
+        "i.point{border-color:var(--forward)}i.runner{border-color:var(--winner)}i.winner{background:var(--winner);border-color:var(--winner)}"
     )
     return CSS.replace("KIND_RULES", rules + more)

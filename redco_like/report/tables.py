@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
 from redco_like.report.bars import Row
 from redco_like.report.markup import TIMES, Markup, decimals, gib, join, tag, time_unit
 from redco_like.report.words import MEMORY_PARTS, exposed, how_words, mesh_words
 from sharding_rules import Layout
-from sharding_rules.explain import axis_lines, param_lines
+from sharding_rules.explain import ParamLine, axis_lines, param_lines
 
 
 def table(
@@ -18,6 +20,7 @@ def table(
     groups: Sequence[tuple[str, int]] = (),
     numbers: Sequence[int] = (),
     best: int = -1,
+    class_: str | None = None,
 ) -> Markup:
     """Write a table.
 
@@ -26,6 +29,7 @@ def table(
         groups: heads over some columns each, and their number.
         numbers: columns that are aligned right.
         best: row that is set in bold.
+        class_: of the table.
     """
     of = lambda k: "n" if k in numbers else None  # noqa: E731
     top = [
@@ -36,7 +40,7 @@ def table(
         tag("tr", *(tag("td", cell, class_=of(k)) for k, cell in enumerate(row)), class_="best" if i == best else None)
         for i, row in enumerate(rows)
     ]
-    return tag("div", tag("table", tag("thead", *top), tag("tbody", *body)), class_="scroll")
+    return tag("div", tag("table", tag("thead", *top), tag("tbody", *body), class_=class_), class_="scroll")
 
 
 def plans_table(rows: Sequence[Row]) -> Markup:
@@ -46,7 +50,7 @@ def plans_table(rows: Sequence[Row]) -> Markup:
     parts = ["bubble", "offload", "optimizer"]
     parts = [part for part in parts if any(row.estimate.seconds.get(part) for row in rows)]
     memory = [part for part in MEMORY_PARTS if any(row.estimate.memory.get(part) for row in rows)]
-    places = decimals(best / size)
+    places = decimals(best / size, 4)
     after = decimals(max(row.estimate.bytes_per_device for row in rows) / 2**30)
     cells = []
     for row in rows:
@@ -60,7 +64,7 @@ def plans_table(rows: Sequence[Row]) -> Markup:
             [
                 row.name,
                 join(*plan),
-                f"{e.seconds_per_step / size:.{places + 1}f}",
+                f"{e.seconds_per_step / size:.{places}f}",
                 "" if row is rows[0] else f"+{100 * (e.seconds_per_step / best - 1):.1f} %",
                 f"{100 * e.mfu:.1f} %",
                 *(f"{s / size:.{places}f}" for s in timed),
@@ -70,7 +74,9 @@ def plans_table(rows: Sequence[Row]) -> Markup:
     head = ["", "plan", f"step, {unit}", "slower", "MFU", "compute", "waits", *parts]
     groups = (("", 5), (f"{unit} per step", 2 + len(parts)), ("GiB per device", len(memory) + 1))
     head += [*(MEMORY_PARTS[part] for part in memory), "all"]
-    return table(head, cells, groups=groups, numbers=range(2, len(head)), best=0 if len(rows) > 1 else -1)
+    return table(
+        head, cells, groups=groups, numbers=range(2, len(head)), best=0 if len(rows) > 1 else -1, class_="full"
+    )
 
 
 def axes_table(layout: Layout) -> Markup:
@@ -82,8 +88,8 @@ def axes_table(layout: Layout) -> Markup:
     return table(["logical axis", "elements", "axes", "split over", "found in"], rows, numbers=(1, 2))
 
 
-def params_table(layout: Layout) -> Markup:
-    """Parameters with their specs; those of repeated layers are one line."""
+def params_table(layout: Layout, param_dtype: str) -> Markup:
+    """Parameters with their specs, stored in a dtype; those of repeated layers are one line."""
     rows = [
         [
             join(tag("code", p.path), f" ({p.count})" if p.count > 1 else ""),
@@ -91,7 +97,7 @@ def params_table(layout: Layout) -> Markup:
             p.axes,
             tag("code", p.at_rest),
             tag("code", p.in_use) if p.in_use != p.at_rest else "same",
-            gib(p.bytes_per_device),
+            gib(_stored(p, param_dtype)),
         ]
         for p in param_lines(layout)
     ]
@@ -99,7 +105,14 @@ def params_table(layout: Layout) -> Markup:
     return table(head, rows, numbers=(5,))
 
 
-def params_total(layout: Layout) -> tuple[int, int]:
+def params_total(layout: Layout, param_dtype: str) -> tuple[int, int]:
     """Number of parameter arrays, and their bytes per device."""
     lines = param_lines(layout)
-    return sum(p.count for p in lines), sum(p.bytes_per_device for p in lines)
+    return sum(p.count for p in lines), sum(_stored(p, param_dtype) for p in lines)
+
+
+def _stored(line: ParamLine, param_dtype: str) -> int:
+    """Bytes of parameters that are stored in another dtype than they are traced with; whole numbers keep theirs."""
+    if not jnp.issubdtype(line.dtype, jnp.floating):
+        return line.bytes_per_device
+    return line.bytes_per_device // jnp.dtype(line.dtype).itemsize * jnp.dtype(param_dtype).itemsize
