@@ -52,9 +52,11 @@ class Explain:
             if plan is None:
                 plan = self._preset(loaded.cluster, record)
             tell("estimating")
+            from redco_like.cli.collectives import collectives
+
             plan = planning.estimated(loaded, plan)
             layout = planning.layout(loaded, plan)
-            moves = planning.collectives(loaded, plan)
+            moves = collectives(loaded.model, plan)
             axes = layout.explain(loaded.spec.opt_state)
         estimate = plan.estimate
         assert estimate is not None
@@ -72,6 +74,8 @@ class Explain:
         if moves:
             terminal.print(collective_table(moves, estimate), "")
         terminal.line(axes)
+        if plan.param_dtype != plan.compute_dtype:
+            terminal.line(f"(bytes in {plan.compute_dtype}, as in use; at rest parameters are {plan.param_dtype})")
         return 0
 
     def _preset(self, cluster: Cluster, record: dict[str, Any]) -> RunPlan:

@@ -10,7 +10,8 @@ import tyro
 
 from redco_like.cli.terminal import UsageError
 
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Task = Literal["train", "prefill", "decode"]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Attention = Literal["fused", "plain"]
 
@@ -32,6 +33,8 @@ class Problem:
     """Tokens per example."""
     global_batch: Annotated[int | None, optional("N", "that of the run file's batch")] = None
     """Examples per step, over all devices."""
+    task: Task = "train"
+    """A step of training, of a whole prompt, or of one more token after a cache of seq-len."""
     optimizer: Annotated[str, tyro.conf.arg(metavar="NAME")] = "adamw"
     """Its state takes memory and time. A run file brings its own."""
     dtype: Dtype = "bfloat16"
@@ -58,6 +61,8 @@ class SameProblem:
     """Tokens per example."""
     global_batch: Annotated[int | None, optional("N")] = None
     """Examples per step, over all devices."""
+    task: Annotated[Task | None, optional("TASK")] = None
+    """train, prefill or decode."""
     optimizer: Annotated[str | None, optional("NAME")] = None
     """Of training."""
     dtype: Annotated[Dtype | None, optional("DTYPE")] = None
@@ -70,7 +75,7 @@ class SameProblem:
     def over(self, record: dict[str, Any]) -> dict[str, Any]:
         """The plan's problem with what was given here instead."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        defaults = {"optimizer": "adamw", "dtype": "bfloat16", "param_dtype": "float32"}
+        defaults = {"task": "train", "optimizer": "adamw", "dtype": "bfloat16", "param_dtype": "float32"}
         return resolved({**defaults, **record, **given})
 
 

@@ -51,12 +51,12 @@ class Plan:
         output = self.output
         for path in (output.out, output.report):
             check_folder(path)
-        record = self.problem.record()
+        record = {**self.problem.record(), "memory_share": self.search.memory_share}
         with terminal.progress(f"reading {record['cluster']}") as tell:
             loaded = planning.load(record, tell)
             space = planning.make_space(loaded, self.search)
             tell("searching")
-            result = planning.search(loaded, space, self.search)
+            result = planning.search(loaded, space, self.search, pareto=output.json or output.report is not None)
             tell("what changes with the constants")
             rows = planning.sensitivities(loaded, result)
             if result.best and output.out:
@@ -65,15 +65,16 @@ class Plan:
                 tell("drawing the report")
                 from redco_like.report import write_report
 
-                write_report(output.report, loaded.spec, loaded.model, result)
+                write_report(output.report, problem=loaded.spec, model=loaded.model, result=result)
         if output.json:
             terminal.json(_record(loaded, result, rows))
         elif result.best:
             self._show(terminal, loaded, result, rows)
         else:
-            terminal.print(loaded.header(space.budget_bytes))
-            terminal.print(f"\n[bold red]Nothing fits.[/] {escape(result.advice)}\n")
-            terminal.print(f"[dim]{escape(result.certificate())}[/]")
+            terminal.print(loaded.header(space.budget_bytes), "")
+            text = result.advice[:1].upper() + result.advice[1:]
+            terminal.print(escape(text).replace("Nothing fits", "[bold red]Nothing fits[/]", 1), "")
+            terminal.print(f"[dim]{result.candidates:,} candidates, none fits; {result.seconds:.2f} s of search[/]")
         return 0 if result.best else 1
 
     def _show(self, terminal: Terminal, loaded: Loaded, result: SearchResult, rows: list[Any]) -> None:
@@ -85,7 +86,7 @@ class Plan:
         columns = [("1 (best)", best.plan, best.estimate)]
         columns += [(str(i), c.plan, c.estimate) for i, c in enumerate(result.runners_up, 2)]
         terminal.print(loaded.header(best.estimate.usable_bytes), "")
-        terminal.print(plan_table(columns, global_batch=batch, width=width), "")
+        terminal.print(plan_table(columns, global_batch=batch, per_second=loaded.per_second, width=width), "")
         hidden = len(columns) - plans_that_fit(width, len(columns))
         if hidden:
             terminal.print(f"[dim]{hidden} more in a wider terminal, or with --json[/]\n")
@@ -116,10 +117,11 @@ def _interval(result: SearchResult) -> str:
 
     best = result.best.estimate  # type: ignore[union-attr]
     text = f"{seconds(best.low_seconds)} to {seconds(best.high_seconds)} per step, by the errors of the constants"
-    could = [str(i) for i, c in enumerate(result.runners_up, 2) if c.estimate.low_seconds < best.seconds_per_step]
-    if not result.runners_up:
+    rivals = [i for i, c in enumerate(result.runners_up, 2) if c.estimate.low_seconds < best.seconds_per_step]
+    if not rivals:
         return text
-    return f"{text}; {'plan ' if len(could) == 1 else 'plans '}{', '.join(could) or 'none'} could be as fast"
+    listed = f"plans 2 to {rivals[-1]}" if len(rivals) > 1 else "plan 2"
+    return f"{text}; {listed} could be as fast"
 
 
 def _sensitivity_lines(rows: list[Any]) -> list[str]:

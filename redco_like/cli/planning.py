@@ -34,6 +34,11 @@ class Loaded:
     cluster: Cluster
     model: TracedModel
 
+    @property
+    def per_second(self) -> str:
+        """What `Estimate.tokens_per_second` counts."""
+        return "examples/s" if self.spec.seq_len is None else "tokens/s"
+
     def header(self, usable_bytes: float) -> Table:
         """Lines on what is planned and for what."""
         spec, cluster, chip = self.spec, self.cluster, self.cluster.accelerator
@@ -87,19 +92,23 @@ def load(record: Mapping[str, Any], tell: Callable[[str], None]) -> Loaded:
     from search import TracedModel
 
     with bad_input():
-        sizes = {name: record.get(name) for name in ("seq_len", "global_batch", "optimizer", "dtype", "param_dtype")}
-        spec = load_problem(record["model"], **sizes)  # type: ignore[arg-type]
+        names = ("seq_len", "global_batch", "optimizer", "dtype", "param_dtype", "task")
+        spec = load_problem(record["model"], **{name: record.get(name) for name in names})
     tell("reading its operations")
     attention = record.get("attention")
-    with bad_input():
-        model = TracedModel(
-            spec.traced,
-            spec.opt_state,
-            cluster,
-            param_dtype=record["param_dtype"],
-            fused_attention=spec.fused_attention if attention is None else attention == "fused",
-        )
-    sizes = {"seq_len": spec.seq_len, "global_batch": spec.global_batch}
+    training = record["task"] == "train"
+    model = TracedModel(
+        spec.traced,
+        spec.opt_state,
+        cluster,
+        param_dtype=record["param_dtype"] if training else record["dtype"],
+        fused_attention=spec.fused_attention if attention is None else attention == "fused",
+        training=training,
+        **({} if training else {"remats": ("none",)}),
+    )
+    sizes = {"global_batch": spec.global_batch}
+    if spec.source != "run file":  # whose batch has its own lengths
+        sizes["seq_len"] = spec.seq_len
     return Loaded({**record, **sizes}, spec, cluster, model)
 
 
@@ -124,8 +133,11 @@ def make_space(loaded: Loaded, options: SearchOptions) -> Space:
         )
 
 
-def search(loaded: Loaded, space: Space, options: SearchOptions) -> SearchResult:
+def search(loaded: Loaded, space: Space, options: SearchOptions, *, pareto: bool) -> SearchResult:
     """Search, and write into every plan found what it was made for and what is expected of it.
+
+    Args:
+        pareto: whether the front of time and memory is wanted too, which costs every candidate.
 
     Raises:
         UsageError: no plan is legal, whatever the memory.
@@ -135,7 +147,7 @@ def search(loaded: Loaded, space: Space, options: SearchOptions) -> SearchResult
     result = solve(
         space,
         runners_up=options.runners_up,
-        pareto=True,
+        pareto=pareto,
         time_limit_seconds=math.inf if options.time_limit is None else options.time_limit,
     )
     if not result.candidates:
@@ -187,10 +199,12 @@ def estimated(loaded: Loaded, plan: Plan) -> Plan:
     Raises:
         UsageError: the plan is not legal for it.
     """
-    from search import estimate_plan
+    from search.costing import estimate_plan
 
     with bad_input():
-        return dataclasses.replace(plan, estimate=estimate_plan(loaded.model, plan), problem=loaded.record)
+        share = loaded.record.get("memory_share")
+        estimate = estimate_plan(loaded.model, plan, **({} if share is None else {"memory_share": share}))
+        return dataclasses.replace(plan, estimate=estimate, problem=loaded.record)
 
 
 def layout(loaded: Loaded, plan: Plan) -> Layout:

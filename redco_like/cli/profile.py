@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from redco_like.cli.terminal import Terminal, check_folder
+from redco_like.cli.terminal import Terminal, UsageError, check_folder, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,15 @@ class Profile:
 
     def run(self, terminal: Terminal) -> int:
         check_folder(self.out)
-        with terminal.progress("measuring"):
-            from redco_like.profile import profile
+        if self.out.suffix != ".toml":
+            raise UsageError(
+                f"--out {self.out}: a cluster file ends in .toml; nearest: {self.out.with_suffix('.toml')}"
+            )
+        with terminal.progress("starting the devices") as tell:
+            from redco_like.profile import profile_devices
 
-            profile(self.out)
+            profile = profile_devices(progress=lambda what: tell(f"measuring {what}"))
+        write_text(self.out, profile.to_toml())
+        terminal.line(str(profile))
         terminal.line(f"wrote {self.out}; next: redco-like plan --model ... --cluster {self.out}")
         return 0

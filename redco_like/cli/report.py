@@ -38,6 +38,6 @@ class Report:
             tell("drawing the report")
             from redco_like.report import write_report
 
-            write_report(self.out, loaded.spec, loaded.model, plan)
+            write_report(self.out, problem=loaded.spec, model=loaded.model, plan=plan)
         terminal.line(f"wrote {self.out}")
         return 0

@@ -11,6 +11,7 @@ from rich.text import Text
 from redco_like.cli import units
 
 if TYPE_CHECKING:
+    from redco_like.cli.collectives import Collective
     from search import Estimate, Plan
 
 LABEL_WIDTH, PLAN_WIDTH = 18, 13
@@ -23,13 +24,18 @@ def plans_that_fit(width: int, count: int) -> int:
 
 
 def plan_table(
-    plans: Sequence[tuple[str, Plan, Estimate]], *, global_batch: int | None = None, width: int = 120
+    plans: Sequence[tuple[str, Plan, Estimate]],
+    *,
+    global_batch: int | None = None,
+    per_second: str = "tokens/s",
+    width: int = 120,
 ) -> Table:
     """Plans side by side: what they are, their seconds and their bytes. Rows that are zero everywhere are left out.
 
     Args:
         plans: (heading, plan, estimate), the one that others are compared with first.
         global_batch: examples per step.
+        per_second: what `Estimate.tokens_per_second` counts.
         width: characters; plans that do not fit are left out.
     """
     plans = plans[: plans_that_fit(width, len(plans))]
@@ -37,7 +43,9 @@ def plan_table(
     labels = plans[0][2].labels
     table.add_column(labels.get("seconds", ""), width=LABEL_WIDTH, no_wrap=True, header_style="dim")
     for i, (heading, _, _) in enumerate(plans):
-        table.add_column(heading, justify="right", min_width=PLAN_WIDTH - 1, style="green" if i == 0 else "")
+        table.add_column(
+            heading, justify="right", min_width=PLAN_WIDTH - 1, max_width=PLAN_WIDTH, style="green" if i == 0 else ""
+        )
 
     def row(name: str, cell: Callable[[Plan, Estimate], str], style: str = "", always: bool = False) -> None:
         cells = [cell(plan, estimate) for _, plan, estimate in plans]
@@ -61,12 +69,12 @@ def plan_table(
         "  slower by",
         lambda _, e: f"+{units.percent(e.seconds_per_step / best - 1)}" if e.seconds_per_step > best else "-",
     )
-    row("tokens/s", lambda _, e: units.count(e.tokens_per_second))
+    row(per_second, lambda _, e: units.count(e.tokens_per_second))
     row("MFU", lambda _, e: units.percent(e.mfu))
     for part in _parts(plans):
         row(f"  {part}", lambda _, e, part=part: _share(e.seconds.get(part, 0.0), e.seconds_per_step))
     row("  hidden transfers", lambda _, e: units.seconds(e.hidden_seconds))
-    row("bound by", lambda _, e: e.binds.partition(":")[0])
+    row("bound by", lambda _, e: e.binds.partition(",")[0])
     table.add_section()
     largest = max(e.bytes_per_device for _, _, e in plans)
     memory = labels.get("memory", "")
@@ -118,8 +126,49 @@ def estimate_table(estimate: Estimate) -> Table:
     return table
 
 
+def collective_table(rows: Sequence[Collective], estimate: Estimate) -> Table:
+    """Collectives by mesh axis, with how much of each axis nothing hides."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for name, justify in (
+        ("over", "left"),
+        ("collective", "left"),
+        ("in", "left"),
+        ("times", "right"),
+        ("bytes", "right"),
+        ("seconds", "right"),
+        ("exposed", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for axis in dict.fromkeys(row.axis for row in rows):
+        mine = [row for row in rows if row.axis == axis]
+        for row in mine:
+            table.add_row(
+                " x ".join(row.axes),
+                row.kind.replace("_", "-"),
+                row.phase,
+                units.count(row.count),
+                units.size(row.bytes),
+                units.seconds(row.seconds),
+                "hides" if row.hides else units.seconds(row.seconds),
+            )
+        totals = estimate.communication.get(axis, {})
+        table.add_row(
+            f"[bold]{axis}[/]",
+            "",
+            "",
+            "",
+            units.size(sum(row.bytes for row in mine)),
+            units.seconds(totals.get("seconds", 0.0)),
+            units.seconds(totals.get("exposed", 0.0)),
+            style="bold",
+        )
+    return table
+
+
 def _parts(plans: Sequence[tuple[str, Plan, Estimate]]) -> list[str]:
-    return list(dict.fromkeys(part for _, _, estimate in plans for part in estimate.seconds))
+    order = ["compute", *(f"exposed {axis}" for axis in plans[0][1].mesh.sizes), "bubble", "optimizer", "offload"]
+    found = dict.fromkeys(part for _, _, estimate in plans for part in estimate.seconds)
+    return sorted(found, key=lambda part: order.index(part) if part in order else len(order))
 
 
 def _share(value: float, total: float) -> str:

@@ -31,7 +31,7 @@ def size(count: float, like: float | None = None) -> str:
     return f"{value:,.0f} B" if not power else f"{value:,.{1 if value >= 0.095 else 3}f} {names[power]}"
 
 
-def percent(share: float, digits: int = 3) -> str:
+def percent(share: float) -> str:
     """A share of 1.
 
     >>> percent(0.4567), percent(0.0012), percent(0), percent(1)
@@ -39,6 +39,8 @@ def percent(share: float, digits: int = 3) -> str:
     """
     if share == 0:
         return "0 %"
+    if 0 < share < 5e-5:
+        return "<0.01 %"
     places = 0 if abs(share) >= 0.9995 else 1 if abs(share) >= 0.00995 else 2
     return f"{100 * share:.{places}f} %"
 
