@@ -12,6 +12,8 @@ A weight whose output dimension is a concatenation (fused QKV, gate and up) is m
 each segment is split by its own axis; the pieces are carried apart through elementwise operations until the model
 splits them.
 
+Weights that a loop over layers gathers are gathered again by its backward pass, whatever is rematerialised.
+
 Rematerialisation is applied in the same pass: the body of a loop over layers, or for unrolled models each stretch
 between two points where a single activation is alive, is wrapped in `jax.checkpoint`.
 """
@@ -100,6 +102,8 @@ class Pinner:
         self.mesh = mesh
         self.remat = remat
         self.active = mesh.size > 1
+        self._regathered: set[int] = set()
+        """Bodies of loops whose weights are gathered again by the backward pass."""
 
     def __call__(self, *args: Any) -> list[Any]:
         scope = self.table.scope
@@ -193,8 +197,8 @@ class Pinner:
             and (product := self._product_in_pieces(scope, eqn, values)) is not None
         ):
             return [product]
-        values = self._gathered(scope, eqn, values)
-        outs = evaluate(eqn, values)
+        run = self._gathering(scope, lambda *xs: evaluate(eqn, self._gathered(scope, eqn, xs)))
+        outs = run(*values) if name in PRODUCTS else evaluate(eqn, self._gathered(scope, eqn, values))
         if name in PINNED:
             if name == "gather" and self.assignment.spill:  # first summed over the table's shards, then cut
                 outs = [self.pin(x, scope.dims[var], spill=False) for x, var in zip(outs, eqn.outvars, strict=True)]
@@ -204,7 +208,7 @@ class Pinner:
             ]
         return outs
 
-    def _gathered(self, scope: Scope, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    def _gathered(self, scope: Scope, eqn: JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
         """Pin weights where they meet an activation, which gathers their fsdp shards.
 
         Their gradients are left to the compiler, which makes reduce-scatters of them where they are stored. Pinning a
@@ -219,6 +223,12 @@ class Pinner:
             self.pin(x, scope.dims[atom], spill=False) if isinstance(atom, Var) and (origin == PARAM or product) else x
             for x, origin, atom in zip(values, origins, eqn.invars, strict=True)
         ]
+
+    def _gathering(self, scope: Scope, product: Callable[..., Any]) -> Callable[..., Any]:
+        """A product that gathers its weight: again in the backward pass, where a loop would stack up those of all
+        layers.
+        """
+        return jax.checkpoint(product, prevent_cse=False) if id(scope) in self._regathered else product
 
     # Concatenated weights.
 
@@ -243,13 +253,17 @@ class Pinner:
                 offsets = _offsets([size_of(segment) for segment in segments])
                 parts = []
                 for segment, start, stop in zip(segments, offsets, offsets[1:], strict=False):
-                    piece = jax.lax.slice_in_dim(values[side], start, stop, axis=i)
-                    piece = self.pin(
-                        piece, tuple(segment if j == i else dim for j, dim in enumerate(dims)), spill=False
-                    )
+                    part_dims = tuple(segment if j == i else dim for j, dim in enumerate(dims))
+
+                    def multiply(
+                        weight: Any, x: Any, side=side, i=i, start=start, stop=stop, part_dims=part_dims
+                    ) -> Any:
+                        piece = jax.lax.slice_in_dim(weight, start, stop, axis=i)
+                        piece = self.pin(piece, part_dims, spill=False)
+                        return eqn.primitive.bind(*((piece, x) if side == 0 else (x, piece)), **eqn.params)
+
                     x = self.pin(values[1 - side], scope.dims[other], spill=False)
-                    operands = (piece, x) if side == 0 else (x, piece)
-                    product = eqn.primitive.bind(*operands, **eqn.params)
+                    product = self._gathering(scope, multiply)(values[side], x)
                     out_dims = scope.dims[eqn.outvars[0]]
                     parts.append(self.pin(product, tuple(segment if j == out else d for j, d in enumerate(out_dims))))
                 return Pieces(tuple(parts), out)
@@ -304,8 +318,11 @@ class Pinner:
             return pinned(outs[:carry_n]), outs[carry_n:]
 
         layers = any(not isinstance(a, Literal) and scope.origin[a] == PARAM for a in eqn.invars[split:])
-        if self.remat != "none" and layers and not any(e.primitive.name in CHECKPOINTS for e in child.jaxpr.eqns):
-            inner = jax.checkpoint(inner, policy=POLICIES[self.remat], prevent_cse=False)
+        if layers and not any(e.primitive.name in CHECKPOINTS for e in child.jaxpr.eqns):
+            if self.remat != "none":
+                inner = jax.checkpoint(inner, policy=POLICIES[self.remat], prevent_cse=False)
+            elif self.assignment.storage and self.assignment.mesh.fsdp > 1:
+                self._regathered.add(id(child))
         carry, ys = jax.lax.scan(
             lambda carry, xs: inner(consts, carry, xs),
             pinned(carry),

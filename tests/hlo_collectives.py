@@ -29,6 +29,7 @@ KINDS = {
     "collective-permute": "permute",
 }
 _OP = re.compile(rf"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)$")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 
@@ -55,7 +56,7 @@ class Collective:
 
 
 def collectives(hlo: str, mesh: MeshShape) -> list[Collective]:
-    """The collectives of an HLO module that was compiled for a mesh of devices 0, 1, 2, ... in the order of its axes."""
+    """The collectives of an HLO module compiled for a mesh of devices 0, 1, 2, ... in the order of its axes."""
     bodies = _computations(hlo)
     times = _executions(bodies, hlo)
     out = []
@@ -129,20 +130,24 @@ def _groups(line: str, devices: int) -> list[list[int]]:
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
     if pairs or listed:
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", (pairs or listed)[1])]
-    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
+    meshed = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))?\s*\{{([^}}]*)\}}", line)
     if meshed:
-        return _groups_of_mesh(meshed[1], meshed[2])
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+        ids = _iota(meshed[2], meshed[3]) if meshed[2] else np.arange(devices)
+        return ids[_groups_of_mesh(meshed[1], meshed[4])].tolist()
+    iota = re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", line)
     if iota is None:
         return [list(range(devices))]
-    shape, source = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-    ids = np.arange(math.prod(source)).reshape(source)
-    if iota[3]:
-        ids = ids.transpose([int(n) for n in iota[3].split(",")])
-    return ids.reshape(shape).tolist()
+    return _iota(iota[2], iota[3]).reshape([int(n) for n in iota[1].split(",")]).tolist()
 
 
-def _groups_of_mesh(sizes: str, used: str) -> list[list[int]]:
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Devices in the order `[2,4]T(1,0)`: 0, 1, 2, ... as an array of this shape, turned, and flat again."""
+    sizes = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).reshape(-1)
+
+
+def _groups_of_mesh(sizes: str, used: str) -> np.ndarray:
     """Groups written as axes of a mesh, `mesh['a'=2,'b'=4] {'b':(2)2}`: of an axis, the part after the first 2."""
     axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     parts: dict[str, list[tuple[int, int]]] = {name: [] for name in axes}
@@ -159,7 +164,7 @@ def _groups_of_mesh(sizes: str, used: str) -> list[list[int]]:
         shape.append(total // at)
     outside = [i for i in range(len(shape)) if i not in inside]
     ids = np.arange(math.prod(shape)).reshape(shape).transpose([*outside, *inside])
-    return ids.reshape(-1, math.prod(shape[i] for i in inside)).tolist()
+    return ids.reshape(-1, math.prod(shape[i] for i in inside))
 
 
 def _axes(groups: Sequence[Sequence[int]], mesh: MeshShape) -> tuple[str, ...]:
