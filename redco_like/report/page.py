@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from redco_like.report.markup import Markup, amount, gib, percent, seconds, tag
 from redco_like.report.pareto import draw_pareto
 from redco_like.report.style import JS, css
 from redco_like.report.tables import axes_table, params_table, params_total, plans_table
-from redco_like.report.timeline import NAMES, draw_timeline, timeline_kinds
+from redco_like.report.timeline import NAMES, choose_cuts, draw_timeline, drawn_every, timeline_kinds
 from redco_like.report.words import exposed, field, how_words, mesh_words
 from search import Plan, TracedModel
 from search.estimate import Estimate
@@ -210,9 +211,11 @@ def _timeline(row: Row, model: TracedModel | None, problem: Any) -> Markup:
     kinds = {kind: NAMES[kind] for kind in timeline_kinds(step)}
     if step.pipeline:
         caption = (
-            f"One lane per stage, {row.plan.schedule} schedule; numbers are microbatches. Communication within a stage "
-            "is part of its blocks."
+            f"One lane per stage of {row.plan.mesh.stage}, {row.plan.schedule} schedule; numbers are microbatches. "
+            "Communication within a stage is part of its blocks."
         )
+        every = drawn_every(step, choose_cuts(step, WIDE, narrow=False))
+        caption += f" One stage in {every} is drawn." if every > 1 else ""
     else:
         caption = (
             "Lengths are the estimate's. The collectives of a pass, in truth spread over its layers, are drawn "
@@ -272,19 +275,26 @@ def _table(rows: Sequence[Row]) -> Markup:
 
 
 def _axes(plan: Plan, model: TracedModel | None, problem: Any) -> Markup:
-    layout = _layout(plan, model, problem)
+    try:
+        layout = _layout(plan, model, problem)
+    except PlanError as error:
+        return _section("axes", "Axes", f"There is no table of axes: {error}")
     if layout is None:
         return _section("axes", "Axes", "The table of axes needs the model; this page was made from the plan alone.")
     count, size = params_total(layout, plan.param_dtype)
+    said, whose = "Every array of the step follows from this table.", "per device"
+    if plan.mesh.stage > 1:
+        said += f" The {plan.mesh.stage} pipeline stages have some layers each; the table is that of all of them."
+        whose = "of all stages' devices at one place of the rest of the mesh"
     return _section(
         "axes",
         "What is split over what",
-        "Every array of the step follows from this table.",
+        said,
         axes_table(layout),
         tag(
             "details",
-            tag("summary", f"Parameters: {count:,} arrays, {gib(size)} per device as {plan.param_dtype}"),
-            params_table(layout, plan.param_dtype),
+            tag("summary", f"Parameters: {count:,} arrays, {gib(size)} as {plan.param_dtype} {whose}"),
+            params_table(layout, plan.param_dtype, whose),
             class_="print",
         ),
         long=True,
@@ -323,14 +333,12 @@ def _of(part: float, e: Estimate) -> str:
 
 
 def _layout(plan: Plan, model: TracedModel | None, problem: Any) -> Layout | None:
-    """The layout of a plan, if the model is there and its step can be laid out."""
-    try:
-        if model is not None:
-            return model.layout.on(plan.mesh, plan.preset, rules=plan.rules)
-        traced = field(problem, "traced")
-        return None if traced is None else make_layout(traced, plan.mesh, plan.preset, rules=plan.rules)
-    except PlanError:
-        return None
+    """The layout of a plan, of all its stages together; None without the model."""
+    mesh = dataclasses.replace(plan.mesh, stage=1)
+    if model is not None:
+        return model.layout.on(mesh, plan.preset, rules=plan.rules)
+    traced = field(problem, "traced")
+    return None if traced is None else make_layout(traced, mesh, plan.preset, rules=plan.rules)
 
 
 def _forward_share(model: TracedModel | None, plan: Plan, problem: Any) -> float | None:

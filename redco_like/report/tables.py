@@ -88,7 +88,7 @@ def axes_table(layout: Layout) -> Markup:
     return table(["logical axis", "elements", "axes", "split over", "found in"], rows, numbers=(1, 2))
 
 
-def params_table(layout: Layout, param_dtype: str) -> Markup:
+def params_table(layout: Layout, param_dtype: str, whose: str = "per device") -> Markup:
     """Parameters with their specs, stored in a dtype; those of repeated layers are one line."""
     rows = [
         [
@@ -101,7 +101,7 @@ def params_table(layout: Layout, param_dtype: str) -> Markup:
         ]
         for p in param_lines(layout)
     ]
-    head = ["parameter", "shape", "logical axes", "spec at rest", "spec in use", "bytes per device"]
+    head = ["parameter", "shape", "logical axes", "spec at rest", "spec in use", f"bytes {whose}"]
     return table(head, rows, numbers=(5,))
 
 

@@ -30,8 +30,10 @@ NAMES = {
     "optimizer": "optimizer",
     "offload": "host transfers",
 }
-MOST_LANES, MOST_BLOCKS = 32, 1200
-"""Stages that are drawn; blocks that say what they are, above which those of a lane and kind are one shape."""
+MOST_LANES, MOST_BLOCKS, MOST_TIPS = 16, 8000, 1200
+"""Stages and blocks that are drawn, else every second (third, ...) stage is; blocks that say what they are when pointed
+at, above which those of a lane and kind are one shape.
+"""
 BREAK = 40
 """Pixels of a stretch that is left out."""
 TOP, AXIS = 24, 34
@@ -58,21 +60,19 @@ def timeline_kinds(step: Step) -> list[str]:
 def draw_timeline(step: Step, width: int) -> Markup:
     """Draw a step `width` pixels wide."""
     narrow = width < 600
-    left = (58 if narrow else 84) if step.pipeline or narrow else 84
+    left = 58 if narrow else 84
     plot = width - left - 8
     cuts = choose_cuts(step, plot, narrow=narrow)
     scale = _Scale(step.seconds, cuts, left, plot)
-    lanes = step.lanes[:: math.ceil(len(step.lanes) / MOST_LANES)]
+    lanes = step.lanes[:: drawn_every(step, cuts)]
     heights = [_height(lane, len(lanes), step.pipeline) for lane in lanes]
-    dense = sum(b.end > start and b.start < end for lane in lanes for b in lane.blocks for start, end in scale.pieces)
+    dense = sum(_seen(lane, cuts) for lane in lanes) > MOST_TIPS
     gap = 2 if step.pipeline else 7
     marks: list[Markup] = []
     y = TOP
-    every = math.ceil(13 / (heights[0] + gap)) if step.pipeline else 1
-    for i, (lane, height) in enumerate(zip(lanes, heights, strict=True)):
-        if i % every == 0:
-            marks.append(text(left - 8, y + height / 2 + 4, lane.name, "name", anchor="end"))
-        marks += _lane(lane, y, height, scale, dense > MOST_BLOCKS)
+    for lane, height in zip(lanes, heights, strict=True):
+        marks.append(text(left - 8, y + height / 2 + 4, lane.name, "name", anchor="end"))
+        marks += _lane(lane, y, height, scale, dense)
         y += height + gap
     bottom = y - gap
     more = "more" if narrow else "more microbatches"
@@ -95,7 +95,8 @@ def choose_cuts(step: Step, plot: float, *, narrow: bool) -> list[Cut]:
     small = 0.75 if narrow else 1.0
     if not repeats or not step.seconds:
         return []
-    period = min(r.period / r.passes for r in repeats)
+    # GPipe has its forward and its backward passes apart: one microbatch is one of each.
+    period = sum(r.period / r.passes for r in repeats)
     if plot * period / step.seconds >= LEAST[step.pipeline] * small:
         return []
     room = plot - BREAK * len(repeats)
@@ -111,6 +112,20 @@ def choose_cuts(step: Step, plot: float, *, narrow: bool) -> list[Cut]:
         start = r.start + math.ceil((r.count - dropped) / 2) * r.period
         cuts.append(Cut(start, start + dropped * r.period, dropped * r.microbatches))
     return cuts
+
+
+def drawn_every(step: Step, cuts: list[Cut]) -> int:
+    """1 if every lane is drawn, 2 if every second is, ..."""
+    if not step.pipeline:
+        return 1
+    return max(
+        math.ceil(len(step.lanes) / MOST_LANES), math.ceil(sum(_seen(lane, cuts) for lane in step.lanes) / MOST_BLOCKS)
+    )
+
+
+def _seen(lane: Lane, cuts: list[Cut]) -> int:
+    """Blocks that are not left out."""
+    return sum(not any(cut.start <= b.start and b.end <= cut.end for cut in cuts) for b in lane.blocks)
 
 
 def _dropped(repeat: Repeat, drop: int) -> int:
@@ -136,7 +151,7 @@ class _Scale:
 
 def _height(lane: Lane, count: int, pipeline: bool) -> float:
     if pipeline:
-        return min(24.0, max(7.0, 340 / count))
+        return min(24.0, 340 / count)
     return 34.0 if lane.works else 15.0
 
 
