@@ -6,19 +6,20 @@
 
 With M microbatches, C and X the seconds of compute and of collectives that may hide behind it, of one microbatch:
 
-    step = M (compute + exposed) + optimizer
-    op time      max(flops / attained flops, bytes / attained bandwidth) + launch            roofline (Williams 2009)
+    step = M (compute + exposed) + exposed gradients + optimizer                                     without stages
+    step = makespan(forward and backward of every stage) + exposed gradients + optimizer             with stages
     overlapped   C + exposed(C, X),  exposed = s X if X <= C, else X - C + s C,  s = 0.13    slowed while both run
     exposed      collectives over tensor, context and expert, between which a device has nothing else to do
     hidden       gathers and reduce-scatters of fsdp behind the pass they belong to; the gradients' all-reduce, once per
                  step, behind the backward pass of the last microbatch
 
-A *placement* says which mesh axes split which rows, and with it the traffic; within a placement only the split of the
-batch between data and fsdp, the rematerialisation and the microbatches vary, so that work is counted once for all.
+The makespan is that of `search.schedules`, exact: bubbles, uneven ends (embedding, head) and the transfers between
+stages are in it (Pipette's hidden critical path, arXiv 2405.18093, is what 1F1B's simulation shows). The optimizer's
+state sharded over data (ZeRO-1) turns the all-reduce of gradients into a reduce-scatter and a gather of parameters: the
+same seconds. What is offloaded moves over the host's link: the optimizer's state once per step, activations behind the
+pass that makes or needs them.
 
-Not costed, though the compiled step has it: what moves where a split is misaligned (fused gate and up weights), where
-tensor is larger than the heads of keys (queries move to them), and where tokens are sorted over the whole batch. Over
-context the cost is that of gathering keys and values; XLA may gather queries and sum the outputs instead. Gradients are
+Not costed, though the compiled step has it: what moves where tokens are sorted over the whole batch. Gradients are
 all-reduced once per step, also with microbatches.
 """
 
@@ -27,122 +28,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from search.cluster import Cluster
-from search.collectives import Kind, collective_seconds, lower_bound_seconds
+from search.collectives import collective_seconds, lower_bound_seconds
 from search.efficiency import Efficiency
-from search.plan import Remat
+from search.op_times import PASSES, PRODUCTS, OpTimes, peak_flops
+from search.placement import REGIONS, Bools, Columns, Floats, Flow, Placement, Variant, axis_sizes, numbering
+from search.plan import Remat, Vocab
+from search.schedule_times import makespan, makespan_bound
 from search.workload import Workload
-from sharding_rules import AXES, DATA, FSDP, MeshShape
+from sharding_rules import AXES, DATA, STAGE
 
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-PRODUCTS = ("dot", "conv", "ragged")
-Region = Literal["layers", "first", "last"]
-"""Parts of a model: its repeated layers, what comes before them (the embedding) and what comes after (the head)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Flow:
-    """A collective that a placement needs.
-
-    Attributes:
-        kind: as in `search.collectives`.
-        axes: mesh axes of the group, outermost first.
-        bytes: of the whole buffer on all devices, for the global batch; or one number per fsdp size of the placement.
-        split: mesh axes that split the buffer besides.
-        phase: "forward" and "backward" are per microbatch, "step" is once.
-        hides: whether it may run behind the compute of its phase.
-        batch: whether the buffer shrinks with the number of microbatches.
-        count: times per microbatch or step, by rematerialisation ("" for all).
-        summed_bytes: instead of `bytes` with more than one microbatch (gradients summed in a wider dtype).
-        region: the part of the model it belongs to: the repeated layers, which pipeline stages share out, or the rest.
-    """
-
-    kind: Kind
-    axes: tuple[str, ...]
-    bytes: float | Floats
-    split: tuple[str, ...]
-    phase: Literal["forward", "backward", "step"]
-    hides: bool
-    batch: bool
-    count: Mapping[str, float]
-    summed_bytes: float | Floats | None = None
-    region: Region = "layers"
-
-    def __post_init__(self):
-        if self.phase == "step" and self.batch:
-            raise ValueError(f"a {self.kind} once per step does not shrink with microbatches: batch=False")
-
-    def times(self, remat: str) -> float:
-        return self.count.get(remat, self.count.get("", 0.0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Which mesh axes split which rows; the same for all candidates with these sizes of the inner axes.
-
-    Attributes:
-        stage, expert, context, tensor: sizes of the mesh axes; the rest of the devices are split by data and fsdp.
-        batch_shards: devices over data and fsdp.
-        sequence: whether activations between blocks are split over tensor.
-        rows: bool (rows, mesh axes), while computing.
-        spill: bool (rows, mesh axes), for arrays whose mesh axes no row of `rows` took.
-        beyond, groups: bool (rows): heads of keys fewer than their split, which then holds only with a row of groups.
-        fsdp_sizes: sizes that are allowed.
-        flows: collectives.
-        optimizer_bytes: bytes that the optimizer step moves on a device, per fsdp size.
-        gradient_bytes: bytes of the summed gradients on a device, per fsdp size.
-        kept_bytes: parameters, gradients and optimizer state on a device, per fsdp size.
-        payload: what the maker of the placement needs to count activations.
-    """
-
-    expert: int
-    context: int
-    tensor: int
-    batch_shards: int
-    sequence: bool
-    rows: Bools
-    spill: Bools
-    beyond: Bools
-    groups: Bools
-    fsdp_sizes: tuple[int, ...]
-    flows: tuple[Flow, ...]
-    optimizer_bytes: Floats
-    gradient_bytes: Floats
-    kept_bytes: Floats
-    payload: Any = None
-
-    def mesh(self, fsdp: int) -> MeshShape:
-        return MeshShape(
-            data=self.batch_shards // fsdp, fsdp=fsdp, expert=self.expert, context=self.context, tensor=self.tensor
-        )
-
-    @property
-    def devices(self) -> int:
-        return self.batch_shards * self.expert * self.context * self.tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Candidates of one placement: parallel arrays.
-
-    Attributes:
-        fsdp: index into `Placement.fsdp_sizes`.
-        remat: index into `CostModel.remats`.
-        microbatches: number.
-    """
-
-    fsdp: npt.NDArray[np.int64]
-    remat: npt.NDArray[np.int64]
-    microbatches: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.fsdp)
+HOST_BYTES_PER_SECOND = {"gpu": 25e9, "tpu": 16e9, "cpu": 10e9}
+"""Link of a device to its host, one direction: PCIe 4.0 x16 attains about 25 GB/s; a TPU host's share is assumed."""
+PARAMS, GRADIENTS, STATE = range(3)
+"""Rows of `Placement.held`."""
+VOCABS: tuple[Vocab, ...] = ("ends", "spread")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +55,14 @@ class StepSeconds:
     """Seconds per step by part (analytic), one entry per candidate.
 
     Attributes:
-        compute: of all microbatches, the sum of gradients over microbatches included.
+        compute: of all microbatches on the busiest stage, the sum of gradients over microbatches included.
         exposed: mesh axis -> seconds of its collectives that compute does not hide, the slow-down of overlap included.
         hidden: seconds of collectives that run behind compute.
-        bubble: idle time of pipeline stages: 0, stages are not run.
+        bubble: what the pipeline takes beyond its busiest stage.
         optimizer: of the optimizer's step.
+        offload: of transfers between device and host that nothing hides.
+        collectives: mesh axis -> seconds of all its collectives on a device, hidden ones too.
+        moved: mesh axis -> bytes of the buffers of those collectives, on a device.
     """
 
     compute: Floats
@@ -162,6 +70,9 @@ class StepSeconds:
     hidden: Floats
     bubble: Floats
     optimizer: Floats
+    offload: Floats
+    collectives: Mapping[str, Floats]
+    moved: Mapping[str, Floats]
 
     @property
     def communication(self) -> Floats:
@@ -170,74 +81,42 @@ class StepSeconds:
 
     @property
     def total(self) -> Floats:
-        return self.compute + self.communication + self.bubble + self.optimizer
+        return self.compute + self.communication + self.bubble + self.optimizer + self.offload
 
     def at(self, i: int) -> dict[str, float]:
         """The parts of one candidate, without those that are zero."""
         parts = {"compute": self.compute[i], **{f"exposed {axis}": s[i] for axis, s in self.exposed.items()}}
-        parts |= {"bubble": self.bubble[i], "optimizer": self.optimizer[i]}
+        parts |= {"bubble": self.bubble[i], "optimizer": self.optimizer[i], "offload": self.offload[i]}
         return {name: float(seconds) for name, seconds in parts.items() if seconds > 0}
 
 
-class _Ops:
-    """One workload as arrays; n operations, a arrays that they move, r rows, x mesh axes."""
+@dataclasses.dataclass(frozen=True)
+class _Stages:
+    """One microbatch on the stages that differ. Dimensions: p passes (forward, backward), k stages told apart (first,
+    inner, last; one without stages), x mesh axes, n candidates.
 
-    def __init__(self, work: Workload, rows: Sequence[str], batch_rows: Bools, cluster: Cluster, eff: Efficiency):
-        work = work.merged()
-        column = [list(work.rows).index(name) for name in rows]
-        table, arrays = work.table(), work.arrays()
-        self.axes_nr: Bools = table["axes"][:, column]
-        self.contracted_nr: Bools = table["contracted"][:, column]
-        self.array_axes_ar: Bools = arrays["axes"][:, column]
-        self.array_op_a = arrays["op"]
-        self.array_bytes_a: Floats = arrays["bytes"]
-        self.trips_n: Floats = table["trips"]
-        self.forward_n: Bools = table["phase"] == "forward"
-        kinds = table["kind"]
-        self.product_n: Bools = np.isin(kinds, PRODUCTS)
-        peaks = np.array([_peak(cluster, dtype) for dtype in table["dtype"]])
-        self.flops_n: Floats = np.where(
-            self.product_n | (kinds == "attention"),
-            table["flops"],
-            table["flops"] + eff.transcendental_flops * table["transcendentals"],
-        )
-        vector = np.full(len(kinds), eff.vector * _peak(cluster, "bfloat16"))
-        self.rate_n: Floats = np.where(
-            self.product_n, peaks * eff.matmul, np.where(kinds == "attention", peaks * eff.attention, vector)
-        )
-        self.sizes_n3: Floats = np.stack([table["m"], table["n"], table["k"]], axis=1)
-        self.batched_n: Bools = np.any(self.axes_nr & batch_rows, axis=1)
-        self.batched_a: Bools = np.any(self.array_axes_ar & batch_rows, axis=1)
-        self.batch_rows: Bools = batch_rows
-        # The operands of a product, the larger two that it reads: rows of one alone are those of m or n.
-        self.lhs_nr = np.zeros_like(self.axes_nr)
-        self.rhs_nr = np.zeros_like(self.axes_nr)
-        read = ~arrays["written"]
-        for op in np.flatnonzero(self.product_n):
-            mine = np.flatnonzero((self.array_op_a == op) & read)
-            largest = sorted(sorted(mine, key=lambda a: -self.array_bytes_a[a])[:2])
-            if len(largest) == 2:
-                self.lhs_nr[op], self.rhs_nr[op] = self.array_axes_ar[largest]
-            elif largest:
-                self.lhs_nr[op] = self.array_axes_ar[largest[0]]
+    Attributes:
+        compute_pkn: the gradients of weights are part of backward.
+        weights_kn: of which gradients of weights.
+        hidden_pxkn, exposed_pxkn: seconds of collectives that may hide, and that may not.
+        step_hidden_xkn, step_exposed_xkn: the same, once per step.
+        moved_xkn: bytes of buffers per microbatch; step_moved_xkn: once per step.
+        host_pkn: transfers to and from the host.
+        transfer_n: activations to the next stage.
+        real_k: whether a stage exists (with two stages none is inner).
+    """
 
-    def split(self, incidence_ir: Bools, place: Placement, sizes_x: Floats) -> tuple[Floats, Bools]:
-        """How many ways things divide whose rows are given, and over which mesh axes."""
-        grouped = np.any(incidence_ir & place.groups, axis=1)
-        clean = (incidence_ir & ~place.beyond) @ place.rows
-        beyond = (incidence_ir & place.beyond) @ place.rows
-        taken = clean | (beyond & np.asarray(grouped)[:, None]) | incidence_ir @ place.spill
-        return np.where(taken, sizes_x, 1.0).prod(1), taken
-
-
-def _peak(cluster: Cluster, dtype: str) -> float:
-    """FLOP/s of products in a dtype; integers and what the accelerator does not list run as bfloat16 or float32."""
-    for name in (dtype, "bfloat16", "float32"):
-        try:
-            return cluster.accelerator.flops(name)
-        except ValueError:
-            continue
-    return cluster.accelerator.peak_flops_per_second[0][1]
+    compute_pkn: Floats
+    weights_kn: Floats
+    hidden_pxkn: Floats
+    exposed_pxkn: Floats
+    step_hidden_xkn: Floats
+    step_exposed_xkn: Floats
+    moved_xkn: Floats
+    step_moved_xkn: Floats
+    host_pkn: Floats
+    transfer_n: Floats
+    real_k: Bools
 
 
 class CostModel:
@@ -248,6 +127,7 @@ class CostModel:
         works: rematerialisation -> workload of the step on the global batch; all have the same rows.
         batch_rows: names of the rows that are split into microbatches.
         efficiency: constants; default those that the cluster's file has measured.
+        layers: number of repeated layers of the model, for pipelines.
     """
 
     def __init__(
@@ -257,6 +137,7 @@ class CostModel:
         *,
         batch_rows: Sequence[str] = ("batch",),
         efficiency: Efficiency | None = None,
+        layers: int = 1,
     ):
         self.cluster = cluster
         self.efficiency = efficiency or cluster.efficiency or Efficiency()
@@ -264,47 +145,189 @@ class CostModel:
         self.row_names = tuple(next(iter(works.values())).rows)
         is_batch = np.isin(self.row_names, list(batch_rows))
         self.works = dict(works)
-        self._ops = [_Ops(work, self.row_names, is_batch, cluster, self.efficiency) for work in works.values()]
+        self.layers = layers
+        self.ops = [
+            OpTimes(work, self.row_names, is_batch, cluster, self.efficiency, layers) for work in works.values()
+        ]
         self.bandwidth = self.efficiency.bandwidth * cluster.accelerator.memory_bytes_per_second
+        self.host_bandwidth = HOST_BYTES_PER_SECOND[cluster.accelerator.kind]
         self.launch = dict(self.efficiency.launch_seconds)[cluster.accelerator.kind]
         self.model_flops = min(work.product_flops for work in works.values())
         by_dtype = {k: v for k, v in works[self.remats[0]].flops_by("dtype").items()}
         self.dtype = max(by_dtype, key=lambda name: by_dtype[name], default="bfloat16")
 
-    def seconds(self, place: Placement, columns: Columns) -> StepSeconds:
-        """Seconds of candidates of one placement."""
-        compute_2n = self._compute(place, columns)
+    def seconds(
+        self, place: Placement, columns: Columns, *, saved_bytes: Floats | None = None, exact: bool = True
+    ) -> StepSeconds:
+        """Seconds of candidates of one placement.
+
+        Args:
+            place: which mesh axes split what.
+            columns: its candidates.
+            saved_bytes: activations that one microbatch keeps on a device without stages, per candidate; needed where
+                they are offloaded.
+            exact: run the schedules of pipelines; otherwise what no schedule of the kind beats.
+        """
+        if saved_bytes is None:
+            saved_bytes = np.zeros(len(columns))
+        spread = columns.flags("vocab") == "spread"
+        if not spread.any() or place.stage == 1:
+            return self._seconds(place, columns, saved_bytes, "ends", exact)
+        if spread.all():
+            return self._seconds(place, columns, saved_bytes, "spread", exact)
+        kinds: tuple[tuple[Vocab, Bools], ...] = (("ends", ~spread), ("spread", spread))
+        parts = [self._seconds(place, columns.take(which), saved_bytes[which], v, exact) for v, which in kinds]
+        return _merge(parts, [which for _, which in kinds])
+
+    def _seconds(
+        self, place: Placement, columns: Columns, saved_bytes: Floats, vocab: Vocab, exact: bool
+    ) -> StepSeconds:
+        one = self._stages(place, columns, saved_bytes, vocab)
         m = columns.microbatches.astype(np.float64)
-        fsdp_n = np.array(place.fsdp_sizes, np.float64)[columns.fsdp]
-        gradients_n = np.where(m > 1, 3 * m * place.gradient_bytes[columns.fsdp] / self.bandwidth, 0.0)
-        sizes, strides = _numbering(place, fsdp_n)
-        hidden = {phase: np.zeros((len(AXES), len(columns))) for phase in ("forward", "backward", "step")}
-        exposed_xn = np.zeros((len(AXES), len(columns)))
-        for flow in place.flows:
-            seconds = self._flow(flow, columns, sizes, strides)
-            credit = self._credit(flow, sizes)
-            if flow.hides:
-                hidden[flow.phase] += credit * seconds
-            else:
-                exposed_xn += credit * seconds * (1.0 if flow.phase == "step" else m)
-        forward, backward = compute_2n
-        last_xn = hidden["backward"] + hidden["step"]
-        for behind, xn, count in (
-            (forward, hidden["forward"], m),
-            (backward, hidden["backward"], m - 1),
-            (backward, last_xn, 1.0),
-        ):
-            total = xn.sum(0)
-            share = np.divide(xn, total, out=np.zeros_like(xn), where=total > 0)
-            exposed_xn += count * self.exposed(behind, total) * share
-        every = (m * (hidden["forward"] + hidden["backward"]) + hidden["step"]).sum(0)
+        hidden_pkn = one.hidden_pxkn.sum(1)
+        # What hides and does not fit is told under the axes it belongs to, in proportion.
+        left_pxkn = self.exposed(one.compute_pkn, hidden_pkn)[:, None] * _share(one.hidden_pxkn, axis=1)
+        exposed_pxkn = one.exposed_pxkn + left_pxkn
+        host_pkn = np.maximum(one.host_pkn - one.compute_pkn, 0.0)
+        passes_pkn = one.compute_pkn + exposed_pxkn.sum(1) + host_pkn
+        each_kn = np.where(one.real_k[:, None], passes_pkn.sum(0), -1.0)
+        pick = _Picker(each_kn.argmax(0))
+        bubble = np.zeros(len(columns))
+        if place.stage > 1:
+            weights_kn = one.weights_kn
+            bubble = self._makespan(place, columns, passes_pkn, weights_kn, one, vocab, exact) - m * pick(each_kn)
+        # The sum of gradients hides behind the last backward pass, beside what hides there anyway.
+        last_xkn = one.hidden_pxkn[1] + one.step_hidden_xkn
+        last_left_xkn = self.exposed(one.compute_pkn[1], last_xkn.sum(0))[None] * _share(last_xkn, axis=0)
+        step_xkn = last_left_xkn - left_pxkn[1] + one.step_exposed_xkn
+        worst = _Picker(np.where(one.real_k[:, None], step_xkn.sum(0), -np.inf).argmax(0))
+        exposed_xn = m * pick(exposed_pxkn.sum(0)) + worst(step_xkn)
+        collectives_pxkn = one.hidden_pxkn + one.exposed_pxkn
+        collectives_xn = m * pick(collectives_pxkn.sum(0)) + worst(one.step_hidden_xkn + one.step_exposed_xkn)
+        moved_xn = m * pick(one.moved_xkn) + worst(one.step_moved_xkn)
+        held_3n = self.held(place, columns)
+        data = np.where(columns.flags("optimizer_sharding"), place.batch_shards / self._fsdp(place, columns), 1.0)
+        update = 2 * held_3n[PARAMS] + held_3n[GRADIENTS] + 2 * held_3n[STATE]
+        state_n = np.where(columns.offloads("optimizer"), 2 * held_3n[STATE] / data / self.host_bandwidth, 0.0)
         return StepSeconds(
-            compute=m * (forward + backward) + gradients_n,
+            compute=m * pick(one.compute_pkn.sum(0))
+            + np.where(m > 1, 3 * m * held_3n[GRADIENTS] / self.bandwidth, 0.0),
             exposed={axis: exposed_xn[i] for i, axis in enumerate(AXES)},
-            hidden=every,
-            bubble=np.zeros(len(columns)),
-            optimizer=place.optimizer_bytes[columns.fsdp] / self.bandwidth + self.launch,
+            hidden=m * pick(hidden_pkn.sum(0)) + worst(one.step_hidden_xkn.sum(0)),
+            bubble=bubble,
+            optimizer=update / data / self.bandwidth + self.launch,
+            offload=m * pick(host_pkn.sum(0)) + state_n,
+            collectives={axis: collectives_xn[i] for i, axis in enumerate(AXES)},
+            moved={axis: moved_xn[i] for i, axis in enumerate(AXES)},
         )
+
+    def _stages(self, place: Placement, columns: Columns, saved_bytes: Floats, vocab: Vocab) -> _Stages:
+        n = len(columns)
+        weights_kr = place.stage_weights(vocab)
+        compute_rqn = self._compute(place, columns)
+        sizes, strides = numbering(place, columns)
+        shape = (2, len(REGIONS), len(AXES), n)
+        hidden, exposed = np.zeros(shape), np.zeros(shape)
+        step_hidden, step_exposed = np.zeros(shape[1:]), np.zeros(shape[1:])
+        moved, step_moved = np.zeros(shape[1:]), np.zeros(shape[1:])
+        kept = ~columns.flags("regather").astype(bool)
+        for flow in [*place.flows, *self._vocab_flows(place, vocab)]:
+            seconds, volume = self._flow(flow, columns, sizes, strides)
+            if flow.again:
+                seconds, volume = np.where(kept, 0.0, seconds), np.where(kept, 0.0, volume)
+            credit_xn = _credit(flow, sizes)
+            region = REGIONS.index(flow.region)
+            if flow.phase == "step":
+                (step_hidden if flow.hides else step_exposed)[region] += credit_xn * seconds
+                step_moved[region] += credit_xn * volume
+            else:
+                into = hidden if flow.hides else exposed
+                into[int(flow.phase == "backward"), region] += credit_xn * seconds
+                moved[region] += credit_xn * volume
+
+        def on_stages(x: Floats) -> Floats:
+            """Regions shared out over the stages: the third dimension from the right becomes the second."""
+            return np.einsum("kr,...rn->...kn", weights_kr, x)
+
+        compute_qkn = on_stages(np.moveaxis(compute_rqn, 0, 1))
+        host_n = np.where(columns.offloads("activations"), saved_bytes / self.host_bandwidth, 0.0)
+        shard_n = self.held(place, columns)[PARAMS] / self.host_bandwidth
+        host_kn = (host_n / place.stage + np.where(columns.offloads("params"), shard_n, 0.0))[None]
+        host_kn = np.broadcast_to(host_kn, compute_qkn.shape[1:])
+        return _Stages(
+            compute_pkn=np.stack([compute_qkn[0], compute_qkn[1] + compute_qkn[2]]),
+            weights_kn=compute_qkn[2],
+            hidden_pxkn=on_stages(np.moveaxis(hidden, 1, 2)),
+            exposed_pxkn=on_stages(np.moveaxis(exposed, 1, 2)),
+            step_hidden_xkn=on_stages(np.moveaxis(step_hidden, 0, 1)),
+            step_exposed_xkn=on_stages(np.moveaxis(step_exposed, 0, 1)),
+            moved_xkn=on_stages(np.moveaxis(moved, 0, 1)),
+            step_moved_xkn=on_stages(np.moveaxis(step_moved, 0, 1)),
+            host_pkn=np.stack([host_kn, host_kn]),
+            transfer_n=self._transfer(place, columns, sizes, strides),
+            real_k=np.array([True, place.stage > 2, True])[: len(weights_kr)],
+        )
+
+    def _transfer(self, place: Placement, columns: Columns, sizes: Any, strides: Any) -> Floats:
+        """Seconds from one stage to the next, of one microbatch."""
+        if place.stage == 1:
+            return np.zeros(len(columns))
+        local = math.prod((sizes[axis] for axis in place.boundary_split), start=np.ones(len(columns)))
+        volume = place.boundary_bytes / local / columns.microbatches
+        return collective_seconds(self.cluster, "permute", volume, sizes[STAGE], strides[STAGE])
+
+    def _vocab_flows(self, place: Placement, vocab: Vocab) -> list[Flow]:
+        """A vocabulary spread over the stages: the last activation goes to all of them, and its gradient is summed."""
+        if vocab == "ends" or place.stage == 1:
+            return []
+        split = place.boundary_split
+        return [
+            Flow("all_reduce", (STAGE,), place.boundary_bytes * place.stage, split, phase, True, True, {"": 1.0})
+            for phase in ("forward", "backward")
+        ]
+
+    def _makespan(
+        self,
+        place: Placement,
+        columns: Columns,
+        passes_pkn: Floats,
+        weights_kn: Floats,
+        one: _Stages,
+        vocab: Vocab,
+        exact: bool,
+    ) -> Floats:
+        """Seconds of the pipeline, by its schedule."""
+        out = np.zeros(len(columns))
+        run = makespan if exact else makespan_bound
+        keys = [(v.schedule, v.chunks) for v in columns.variants]
+        groups: dict[Any, list[int]] = {}
+        for i in range(len(columns)):
+            groups.setdefault((*keys[columns.variant[i]], int(columns.microbatches[i])), []).append(i)
+        for (schedule, chunks, m), rows in groups.items():
+            split = schedule == "zb_h1"
+            forward, backward, weights = (_virtual(x[:, rows], place.stage, chunks) for x in (*passes_pkn, weights_kn))
+            out[rows] = run(
+                schedule,
+                stages=place.stage,
+                chunks=chunks,
+                microbatches=m,
+                forward_seconds=forward,
+                backward_seconds=backward - weights if split else backward,
+                weight_seconds=weights if split else 0.0,
+                transfer_seconds=one.transfer_n[rows, None],
+            )
+        return out
+
+    def held(self, place: Placement, columns: Columns) -> Floats:
+        """Bytes of parameters, gradients and optimizer state on the fullest stage, nothing sharded over data or
+        offloaded; shape (3, candidates).
+        """
+        out = np.zeros((3, len(columns)))
+        for vocab in VOCABS:
+            here = columns.flags("vocab") == vocab
+            stages_3kn = np.einsum("kr,prn->pkn", place.stage_weights(vocab), place.held[:, :, columns.fsdp[here]])
+            out[:, here] = _Picker(stages_3kn.sum(0).argmax(0))(stages_3kn)
+        return out
 
     def exposed(self, compute: Any, collectives: Any) -> Floats:
         """Seconds that collectives add to the compute they run beside: the slow-down, and what does not fit."""
@@ -314,88 +337,85 @@ class CostModel:
 
     def mfu(self, seconds: Any, devices: int) -> Floats:
         """Share of the devices' peak that the model's own products make up, recomputed ones left out."""
-        peak = devices * _peak(self.cluster, self.dtype)
+        peak = devices * peak_flops(self.cluster, self.dtype)
         return self.model_flops / (np.asarray(seconds, np.float64) * peak)
 
     def floor(self, devices: int) -> float:
         """Seconds that no plan on this many devices beats: every operation at peak, spread over all devices."""
-        best = math.inf
-        for ops in self._ops:
-            flops = np.maximum(ops.flops_n / ops.rate_n, self._op_bytes(ops, np.ones(len(ops.array_bytes_a))))
-            best = min(best, float((ops.trips_n * flops).sum()) / devices)
-        return best
+        return min(ops.floor() for ops in self.ops) / devices
 
-    def bound(self, place: Placement, remat: int) -> float:
+    def bound(self, place: Placement, remat: int, *, sharded: bool = False) -> float:
         """Seconds that no candidate of a placement with this rematerialisation beats.
 
         Products at the efficiency of large ones, weights read once, no launches; exposed collectives in one microbatch,
-        on the fastest links; hidden ones for nothing; the optimizer at the largest fsdp.
+        on the fastest links; hidden ones for nothing; stages all equal and never idle; the optimizer at the largest
+        fsdp, and over data if candidates may have it `sharded`.
         """
-        ops = self._ops[remat]
-        fsdp = np.ones(1)
-        sizes_x = np.array([size[0] for size in _numbering(place, fsdp)[0].values()])
-        ways_n, _ = ops.split(ops.axes_nr, place, sizes_x)
-        ways_a, _ = ops.split(ops.array_axes_ar, place, sizes_x)
-        seconds = (ops.trips_n * np.maximum(ops.flops_n / ops.rate_n / ways_n, self._op_bytes(ops, ways_a))).sum()
+        sizes = {axis: float(size[0]) for axis, size in axis_sizes(place, np.ones(1)).items()}
+        seconds = self.ops[remat].bound(place, np.array(list(sizes.values())))
         for flow in place.flows:
-            if not flow.hides:
-                local = {axis: size for axis, size in zip(AXES, sizes_x, strict=True)}
-                size = math.prod(local[axis] for axis in flow.axes)
-                volume = float(np.min(flow.bytes)) / math.prod(local[axis] for axis in flow.split)
+            if not flow.hides and flow.phase != "step":
+                size = math.prod(sizes[axis] for axis in flow.axes)
+                volume = float(np.min(flow.bytes)) / math.prod(sizes[axis] for axis in flow.split)
                 once = lower_bound_seconds(self.cluster, flow.kind, volume, size)
                 seconds += flow.times(self.remats[remat]) * float(once)
-        return float(seconds + place.optimizer_bytes.min() / self.bandwidth + self.launch)
+        held_3f = place.held.sum(1)
+        update = float((2 * held_3f[PARAMS] + held_3f[GRADIENTS] + 2 * held_3f[STATE]).min())
+        update /= place.batch_shards if sharded else 1
+        return seconds / place.stage + update / place.stage / self.bandwidth + self.launch
 
-    def _op_bytes(self, ops: _Ops, ways_a: Floats) -> Floats:
-        """Seconds of one execution's bytes."""
-        moved = np.bincount(ops.array_op_a, ops.array_bytes_a / ways_a, minlength=len(ops.trips_n))
-        return moved / self.bandwidth
+    def compute_by_kind(self, place: Placement, remat: int, microbatches: int) -> dict[str, float]:
+        """Seconds of a step's compute by what limits it: products, attention, memory, arithmetic, launches."""
+        ops = self.ops[remat]
+        sizes_x = np.array([float(s[0]) for s in axis_sizes(place, np.ones(1)).values()])
+        found = ops.seconds(place, sizes_x, np.array([float(microbatches)]))
+        longer = found.flops[0] >= found.bytes[0]
+        kinds = np.where(
+            ~longer,
+            "memory",
+            np.where(ops.product_n, "products", np.where(ops.kind_n == "attention", "attention", "arithmetic")),
+        )
+        seconds = microbatches / place.stage * np.maximum(found.flops[0], found.bytes[0])
+        out = {str(kind): float(seconds[kinds == kind].sum()) for kind in np.unique(kinds)}
+        return out | {"launches": float(microbatches / place.stage * found.launch.sum())}
+
+    def stage_seconds(self, place: Placement, columns: Columns, saved_bytes: Floats | None = None) -> dict[str, Any]:
+        """Of the first candidate, what its schedule is run with: the time arguments of `search.schedules.simulate`."""
+        columns = columns.take(0)
+        variant = columns.variants[int(columns.variant[0])]
+        one = self._stages(place, columns, np.zeros(1) if saved_bytes is None else saved_bytes, variant.vocab)
+        left_pkn = self.exposed(one.compute_pkn, one.hidden_pxkn.sum(1)) + one.exposed_pxkn.sum(1)
+        passes_pkn = one.compute_pkn + left_pkn
+        forward, backward, weights = (
+            _virtual(x, place.stage, variant.chunks)[0] for x in (*passes_pkn, one.weights_kn)
+        )
+        split = variant.schedule == "zb_h1"
+        return {
+            "forward_seconds": forward,
+            "backward_seconds": backward - weights if split else backward,
+            "weight_seconds": weights if split else np.zeros_like(weights),
+            "transfer_seconds": float(one.transfer_n[0]),
+        }
 
     def _compute(self, place: Placement, columns: Columns) -> Floats:
-        """Seconds of one microbatch's (forward, recompute and backward) operations; shape (2, candidates).
+        """Seconds of one microbatch's operations; shape (regions, passes, candidates).
 
         How the batch is split between data and fsdp does not matter.
         """
-        out = np.zeros((2, len(columns)))
-        sizes_x = np.array([size[0] for size in _numbering(place, np.ones(1))[0].values()])
-        for remat, ops in enumerate(self._ops):
+        out = np.zeros((len(REGIONS), len(PASSES), len(columns)))
+        sizes_x = np.array([float(size[0]) for size in axis_sizes(place, np.ones(1)).values()])
+        for remat, ops in enumerate(self.ops):
             here = columns.remat == remat
             counts = np.unique(columns.microbatches[here])
-            if not len(counts):
-                continue
-            forward, backward = self._op_seconds(ops, place, sizes_x, counts.astype(np.float64))
-            index = np.searchsorted(counts, columns.microbatches[here])
-            out[0, here], out[1, here] = forward[index], backward[index]
+            if len(counts):
+                found = ops.by_group(ops.seconds(place, sizes_x, counts.astype(np.float64)).total)
+                out[:, :, here] = np.moveaxis(found[np.searchsorted(counts, columns.microbatches[here])], 0, 2)
         return out
 
-    def _op_seconds(self, ops: _Ops, place: Placement, sizes_x: Floats, counts_m: Floats) -> tuple[Floats, Floats]:
-        ways_n, taken_nx = ops.split(ops.axes_nr, place, sizes_x)
-        ways_a, _ = ops.split(ops.array_axes_ar, place, sizes_x)
-        parts_mn = np.where(ops.batched_n, counts_m[:, None], 1.0)
-        parts_ma = np.where(ops.batched_a, counts_m[:, None], 1.0)
-        moved_mn = np.stack([self._op_bytes(ops, ways_a * parts) for parts in parts_ma])
-        # Of each mesh axis that splits a product, one of k, m, n and the batch of products gets it, in this order.
-        sizes_n3 = ops.sizes_n3.copy()
-        left_nx = taken_nx.copy()
-        roles = ((2, ops.contracted_nr), (0, ops.lhs_nr & ~ops.rhs_nr), (1, ops.rhs_nr & ~ops.lhs_nr))
-        for column, incidence in roles:
-            _, got = ops.split(incidence & ~ops.contracted_nr if column != 2 else incidence, place, sizes_x)
-            got &= left_nx
-            left_nx &= ~got
-            sizes_n3[:, column] /= np.where(got, sizes_x, 1.0).prod(1)
-        shrinks_n3 = np.stack(
-            [((incidence & ops.batch_rows).any(1)) for _, incidence in (roles[1], roles[2], roles[0])], axis=1
-        )
-        shrinks_n3[:, :2] &= ~shrinks_n3[:, 2:]
-        local_mn3 = np.maximum(sizes_n3 / np.where(shrinks_n3, counts_m[:, None, None], 1.0), 1.0)
-        share_mn = self.efficiency.product(*np.moveaxis(local_mn3, 2, 0)) / self.efficiency.matmul
-        rate_mn = np.where(ops.product_n, ops.rate_n * share_mn, ops.rate_n)
-        seconds_mn = np.maximum(ops.flops_n / (ways_n * parts_mn) / rate_mn, moved_mn) + self.launch
-        seconds_mn *= ops.trips_n
-        return seconds_mn[:, ops.forward_n].sum(1), seconds_mn[:, ~ops.forward_n].sum(1)
-
-    def _flow(self, flow: Flow, columns: Columns, sizes: Mapping[str, Floats], strides: Mapping[str, Floats]) -> Floats:
-        """Seconds of a flow per microbatch, or per step."""
+    def _flow(
+        self, flow: Flow, columns: Columns, sizes: Mapping[str, Floats], strides: Mapping[str, Floats]
+    ) -> tuple[Floats, Floats]:
+        """Seconds of a flow, and bytes of its buffer on a device, per microbatch or per step."""
         m = columns.microbatches
         volume = _pick(flow.bytes, columns)
         if flow.summed_bytes is not None:
@@ -410,28 +430,74 @@ class CostModel:
             tuple(sizes[axis] for axis in flow.axes),
             tuple(strides[axis] for axis in flow.axes),
         )
-        return once * np.array([flow.times(remat) for remat in self.remats])[columns.remat]
+        times = np.array([flow.times(remat) for remat in self.remats])[columns.remat]
+        return once * times, volume * times
 
-    def _credit(self, flow: Flow, sizes: Mapping[str, Floats]) -> Bools:
-        """The mesh axis that a flow's seconds are told under: the outermost of its axes that is larger than 1."""
-        credit = np.zeros((len(AXES), len(sizes[DATA])), dtype=bool)
-        free = np.ones(len(sizes[DATA]), dtype=bool)
-        for axis in flow.axes:
-            credit[AXES.index(axis)] = free & (sizes[axis] > 1)
-            free &= ~(sizes[axis] > 1)
-        return credit
+    def _fsdp(self, place: Placement, columns: Columns) -> Floats:
+        return np.array(place.fsdp_sizes, np.float64)[columns.fsdp]
+
+
+class _Picker:
+    """Picks, for every candidate, one of the stages told apart: the second dimension from the right."""
+
+    def __init__(self, which_n: npt.NDArray[np.int64]):
+        self.which_n = which_n
+
+    def __call__(self, x: Floats) -> Floats:
+        return np.take_along_axis(x, self.which_n.reshape((1,) * (x.ndim - 1) + (-1,)), axis=-2)[..., 0, :]
+
+
+def _share(x: Floats, *, axis: int) -> Floats:
+    total = x.sum(axis, keepdims=True)
+    return np.divide(x, total, out=np.zeros_like(x), where=total > 0)
+
+
+def _virtual(x_kn: Floats, stages: int, chunks: int) -> Floats:
+    """Seconds of every virtual stage from those of the stages told apart; shape (candidates, stages * chunks).
+
+    What only the first or the last stage has belongs to the first or the last virtual stage.
+    """
+    if len(x_kn) == 1:
+        return np.repeat(x_kn.T / chunks, stages * chunks, axis=1)
+    first, inner, last = x_kn
+    out = np.repeat(inner[:, None] / chunks, stages * chunks, axis=1)
+    out[:, 0] += first - inner
+    out[:, -1] += last - inner
+    return out
+
+
+def _credit(flow: Flow, sizes: Mapping[str, Floats]) -> Bools:
+    """The mesh axis that a flow's seconds are told under: the outermost of its axes that is larger than 1."""
+    credit = np.zeros((len(AXES), len(sizes[DATA])), dtype=bool)
+    free = np.ones(len(sizes[DATA]), dtype=bool)
+    for axis in flow.axes:
+        credit[AXES.index(axis)] = free & (sizes[axis] > 1)
+        free &= ~(sizes[axis] > 1)
+    return credit
 
 
 def _pick(bytes_: float | Floats, columns: Columns) -> Floats:
     return np.asarray(bytes_, np.float64)[columns.fsdp] if np.ndim(bytes_) else np.full(len(columns), float(bytes_))  # type: ignore[arg-type]
 
 
-def _numbering(place: Placement, fsdp_n: Floats) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Sizes of the mesh axes, and distances of neighbours along them, in the order of `AXES`: tensor innermost."""
-    ones = np.ones_like(fsdp_n)
-    sizes = dict.fromkeys(AXES, ones) | {DATA: place.batch_shards / fsdp_n, FSDP: fsdp_n}
-    sizes |= {axis: ones * getattr(place, axis) for axis in ("expert", "context", "tensor")}
-    strides, stride = {}, ones
-    for axis in reversed(AXES):
-        strides[axis], stride = stride, stride * sizes[axis]
-    return {axis: sizes[axis] for axis in AXES}, strides
+def _merge(parts: Sequence[StepSeconds], masks: Sequence[Bools]) -> StepSeconds:
+    """Seconds of candidates from those of their groups."""
+
+    def scatter(values: Sequence[Floats]) -> Floats:
+        out = np.zeros(len(masks[0]))
+        for value, mask in zip(values, masks, strict=True):
+            out[mask] = value
+        return out
+
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(StepSeconds):
+        values = [getattr(part, field.name) for part in parts]
+        fields[field.name] = (
+            {axis: scatter([v[axis] for v in values]) for axis in values[0]}
+            if isinstance(values[0], Mapping)
+            else scatter(values)
+        )
+    return StepSeconds(**fields)
+
+
+__all__ = ["PRODUCTS", "Columns", "CostModel", "Flow", "Placement", "StepSeconds", "Variant"]

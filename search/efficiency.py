@@ -28,6 +28,7 @@ class Efficiency:
             fusion under 1 us, a CPU loop 5 us: assumed.
         overlap_slowdown: of both sides while compute and a collective run together: 1.13 measured by Galvatron
             (github.com/PKU-DAIR/Hetu-Galvatron, overlap coefficient).
+        spread: relative error of a step time: the interval of an estimate is [t / (1 + spread), t (1 + spread)].
     """
 
     matmul: float = 0.9
@@ -38,6 +39,7 @@ class Efficiency:
     bandwidth: float = 0.85
     launch_seconds: tuple[tuple[str, float], ...] = (("gpu", 2e-6), ("tpu", 5e-7), ("cpu", 5e-6))
     overlap_slowdown: float = 1.13
+    spread: float = 0.15
 
     def product(self, m: Any, n: Any, k: Any) -> Floats:
         """Share of the peak that a product of (m, k) and (k, n) attains on one device.

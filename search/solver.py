@@ -3,10 +3,11 @@
     result = solve(Space(TracedModel(traced, abstract_opt_state, cluster), cluster))
     result.plan, result.estimate.seconds_per_step, result.gap         # gap 0: nothing in the space is faster and fits
 
-The tree: inner mesh -> its placement with one rematerialisation -> candidates (fsdp, microbatches). Nodes wait in order
-of a lower bound of the seconds of everything below them (`CostModel.floor`, `CostModel.bound`, the estimate itself), so
-the first candidate that is reached and fits is the fastest (Hart, Nilsson and Raphael 1968). Memory that a node cannot
-do without (parameters, gradients, optimizer) prunes before activations are counted.
+The tree: inner mesh -> its placement with one rematerialisation -> candidates (fsdp, microbatches, variants). Nodes
+wait in order of a lower bound of the seconds of everything below them (`CostModel.floor`, `CostModel.bound`, for
+pipelines what no schedule of the kind beats, the estimate itself), so the first candidate that is reached, exact and
+fits is the fastest (Hart, Nilsson and Raphael 1968). Memory that a node cannot do without (parameters, gradients,
+optimizer) prunes before activations are counted.
 """
 
 from __future__ import annotations
@@ -21,46 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from search.cost import Columns, Placement, StepSeconds
+from search.cost import StepSeconds
+from search.costing import Costed, estimate, memory_parts, saved_bytes
+from search.estimate import Estimate
+from search.placement import Columns, Placement
 from search.plan import Plan
 from search.space import Inner, Space
 from sharding_rules import format_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """What a plan is expected to do; analytic.
-
-    Attributes:
-        seconds_per_step: the sum of `parts`.
-        parts: compute, exposed communication by mesh axis, bubble, optimizer: seconds, those above 0.
-        hidden_seconds: of collectives behind compute.
-        mfu: model flops over peak flops.
-        tokens_per_second: of all devices; examples where the batch holds no tokens.
-        kept_bytes: parameters, gradients and optimizer state, per device.
-        activation_bytes: that the backward pass keeps, per device.
-    """
-
-    seconds_per_step: float
-    parts: dict[str, float]
-    hidden_seconds: float
-    mfu: float
-    tokens_per_second: float
-    kept_bytes: int
-    activation_bytes: int
-    label: str = "analytic"
-
-    @property
-    def bytes_per_device(self) -> int:
-        return self.kept_bytes + self.activation_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Costed:
-    """A plan and its estimate."""
-
-    plan: Plan
-    estimate: Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +81,20 @@ class SearchResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """One candidate, with the costs of its placement's candidates."""
+    """One candidate, with the costs of its placement's candidates; not exact where a schedule was not run."""
 
     place: Placement
     columns: Columns
     parts: StepSeconds
     row: int
+    exact: bool
 
 
 class _Search:
     """Counters and what is shared by the steps of one search."""
 
     def __init__(self, space: Space):
-        self.space, self.costs = space, space.model.costs
+        self.space, self.model, self.costs = space, space.model, space.model.costs
         self.budget = space.budget_bytes
         self.illegal: dict[str, str] = {}
         self.candidates = self.evaluated = self.placements = 0
@@ -133,7 +102,7 @@ class _Search:
 
     def place(self, inner: Inner) -> tuple[Placement, Columns] | None:
         """A legal placement with its candidates, if it has any."""
-        place = self.space.model.place(inner)
+        place = self.model.place(inner)
         if isinstance(place, str):
             name = f"{inner.mesh()}{' sequence' if inner.sequence else ''}"
             self.illegal[name] = place
@@ -141,34 +110,28 @@ class _Search:
         columns = self.space.columns(place)
         return (place, columns) if len(columns) else None
 
-    def bytes(self, place: Placement, columns: Columns, row: int) -> tuple[int, int]:
-        """Kept bytes, and activations, of a candidate."""
-        remat = self.costs.remats[int(columns.remat[row])]
-        activations = self.space.model.activation_bytes(place, remat) // int(columns.microbatches[row])
-        return int(place.kept_bytes[columns.fsdp[row]]), activations
+    def least_bytes(self, place: Placement, columns: Columns) -> np.ndarray:
+        """What candidates cannot do without."""
+        params, gradients, state = self.costs.held(place, columns)
+        data = place.batch_shards / np.array(place.fsdp_sizes)[columns.fsdp]
+        state = np.where(columns.offloads("optimizer"), 0.0, state)
+        return params + gradients + state / np.where(columns.flags("optimizer_sharding"), data, 1.0)
+
+    def bytes(self, place: Placement, columns: Columns) -> np.ndarray:
+        """Bytes per device."""
+        return sum(memory_parts(self.model, place, columns).values(), start=np.zeros(len(columns)))
+
+    def seconds(self, place: Placement, columns: Columns, *, exact: bool) -> StepSeconds:
+        saved = saved_bytes(self.model, place, columns)
+        return self.costs.seconds(place, columns, saved_bytes=saved, exact=exact)
 
     def costed(self, leaf: _Leaf) -> Costed:
-        place, columns, i = leaf.place, leaf.columns, leaf.row
-        seconds = float(leaf.parts.total[i])
-        kept, activations = self.bytes(place, columns, i)
-        remat = self.costs.remats[int(columns.remat[i])]
-        cluster, used = self.space.cluster, place.devices
-        estimate = Estimate(
-            seconds_per_step=seconds,
-            parts=leaf.parts.at(i),
-            hidden_seconds=float(leaf.parts.hidden[i]),
-            mfu=float(self.costs.mfu(seconds, cluster.devices)),
-            tokens_per_second=self.space.model.tokens / seconds,
-            kept_bytes=kept,
-            activation_bytes=activations,
-        )
+        found = estimate(self.model, leaf.place, leaf.columns, leaf.row, leaf.parts, self.budget)
         reason = (
-            f"{seconds:.4g} s per step on {used} of {cluster.name} (analytic), "
-            f"{format_bytes(kept + activations)} of {format_bytes(self.budget)} usable per device"
+            f"{found.seconds_per_step:.4g} s per step on {leaf.place.devices} of {self.space.cluster.name} (analytic), "
+            f"{format_bytes(found.bytes_per_device)} of {format_bytes(self.budget)} usable per device"
         )
-        return Costed(
-            self.space.plan(place, int(columns.fsdp[i]), remat, int(columns.microbatches[i]), reason=reason), estimate
-        )
+        return Costed(self.space.plan(leaf.place, leaf.columns, leaf.row, reason=reason, estimate=found), found)
 
 
 def solve(
@@ -204,12 +167,12 @@ def solve(
             bound = min(bound, seconds)
             unopened.append(node)
             continue
-        if not isinstance(node, _Leaf):
+        if not isinstance(node, _Leaf) or not node.exact:
             for item in _open(search, node):
                 heapq.heappush(heap, (item[0], item[1], next(tie), item[2]))
             continue
         search.checked.add((id(node.place), int(node.columns.remat[node.row])))
-        if sum(search.bytes(node.place, node.columns, node.row)) <= search.budget:
+        if search.bytes(node.place, node.columns.take(node.row))[0] <= search.budget:
             if not found:
                 bound = min(bound, seconds)
             found.append(search.costed(node))
@@ -241,18 +204,30 @@ def _open(search: _Search, node: Any) -> Iterator[tuple[float, tuple[Any, ...], 
         place, columns = made
         search.placements += 1
         search.candidates += len(columns)
-        fits = place.kept_bytes[columns.fsdp] <= search.budget
+        fits = search.least_bytes(place, columns) <= search.budget
         for remat in np.unique(columns.remat[fits]):
-            keep = fits & (columns.remat == remat)
-            below = Columns(columns.fsdp[keep], columns.remat[keep], columns.microbatches[keep])
-            yield search.costs.bound(place, int(remat)), (), (place, below)
+            below = columns.take(np.flatnonzero(fits & (columns.remat == remat)))
+            yield search.costs.bound(place, int(remat), sharded=search.space.allow_planned), (), (place, below)
+        return
+    if isinstance(node, _Leaf):
+        columns = node.columns.take(node.row)
+        parts = search.seconds(node.place, columns, exact=True)
+        yield float(parts.total[0]), _order(node.place, columns, 0), _Leaf(node.place, columns, parts, 0, exact=True)
         return
     place, columns = node
-    parts = search.costs.seconds(place, columns)
+    exact = place.stage == 1
+    parts = search.seconds(place, columns, exact=exact)
     search.evaluated += len(columns)
     for i, seconds in enumerate(parts.total):
-        order = (int(columns.microbatches[i]), int(columns.remat[i]), place.tensor, place.context, place.expert)
-        yield float(seconds), (*order, place.sequence, int(columns.fsdp[i])), _Leaf(place, columns, parts, i)
+        yield float(seconds), _order(place, columns, i), _Leaf(place, columns, parts, i, exact=exact)
+
+
+def _order(place: Placement, columns: Columns, i: int) -> tuple[Any, ...]:
+    """Among equals the simpler candidate comes first, always the same one."""
+    sizes = (place.stage, place.tensor, place.context, place.expert)
+    numbers = (columns.microbatches, columns.remat, columns.variant, columns.fsdp)
+    m, remat, variant, fsdp = (int(x[i]) for x in numbers)
+    return (m, remat, variant, *sizes, place.sequence, fsdp)
 
 
 def _everything(search: _Search) -> Iterator[tuple[Placement, Columns]]:
@@ -262,27 +237,18 @@ def _everything(search: _Search) -> Iterator[tuple[Placement, Columns]]:
             yield made
 
 
-def _memory(search: _Search, place: Placement, columns: Columns) -> np.ndarray:
-    """Bytes per device of candidates."""
-    by_remat = {
-        int(r): search.space.model.activation_bytes(place, search.costs.remats[int(r)]) for r in set(columns.remat)
-    }
-    activations = np.array([by_remat[int(r)] for r in columns.remat], np.int64)
-    return place.kept_bytes[columns.fsdp] + activations // columns.microbatches
-
-
 def _pareto(search: _Search) -> tuple[Costed, ...]:
     """Plans that fit and that no other beats in both time and memory, by costing every candidate."""
     points: list[tuple[float, float, _Leaf]] = []
     for place, columns in _everything(search):
-        parts = search.costs.seconds(place, columns)
-        memory = _memory(search, place, columns)
+        parts = search.seconds(place, columns, exact=True)
+        memory = search.bytes(place, columns)
         total = parts.total
         order, least = np.lexsort((memory, total)), math.inf
         for i in order:
             if memory[i] < least and memory[i] <= search.budget:
                 least = memory[i]
-                points.append((float(total[i]), float(memory[i]), _Leaf(place, columns, parts, int(i))))
+                points.append((float(total[i]), float(memory[i]), _Leaf(place, columns, parts, int(i), exact=True)))
     points.sort(key=lambda point: point[:2])
     front, least = [], math.inf
     for _, memory, leaf in points:
@@ -295,33 +261,44 @@ def _pareto(search: _Search) -> tuple[Costed, ...]:
 def _advice(search: _Search) -> str:
     """Why nothing fits, by the candidate that needs least, and what would."""
     space = search.space
-    nearest: tuple[float, Placement, Columns, int] | None = None
-    for place, columns in _everything(search):
-        memory = _memory(search, place, columns)
-        i = int(np.argmin(memory))
-        if nearest is None or memory[i] < nearest[0]:
-            nearest = (float(memory[i]), place, columns, i)
+    nearest = _least(search)
     if nearest is None:
         why = next(iter(search.illegal.values()), "the constraints leave nothing")
         return f"no mesh of {space.cluster.devices} devices suits this model, batch and constraints: {why}"
-    total, place, columns, i = nearest
-    kept, activations = search.bytes(place, columns, i)
-    plan = space.plan(
-        place, int(columns.fsdp[i]), search.costs.remats[int(columns.remat[i])], int(columns.microbatches[i])
-    )
+    place, columns, i = nearest
+    parts = {name: float(x[0]) for name, x in memory_parts(search.model, place, columns.take(i)).items()}
+    total = sum(parts.values())
+    kept = total - parts["activations"] - parts["transient"]
+    plan = space.plan(place, columns, i)
     text = (
         f"nothing fits {format_bytes(search.budget)} per device (analytic): the least, {plan.preset} on {plan.mesh}, "
         f"remat {plan.remat}, {plan.microbatches} microbatches, needs {format_bytes(total)}: parameters, gradients and "
-        f"optimizer {format_bytes(kept)} and activations {format_bytes(activations)}"
+        f"optimizer {format_bytes(kept)}, activations and transients {format_bytes(total - kept)}"
     )
+    ways = []
+    if kept < search.budget:
+        ways.append(f"{(search.budget - kept) / (total - kept):.0%} of the tokens per example")
+    more = 2 ** math.ceil(math.log2(max(total / search.budget, 1.01)))
+    ways.append(f"about {more} times the devices")
+    ways.append(f"devices with {format_bytes(total / space.memory_share)} usable")
+    if not space.allow_planned:
+        helps = _least(_Search(dataclasses.replace(space, allow_planned=True)))
+        if helps is not None:
+            less = float(search.bytes(helps[0], helps[1].take(helps[2]))[0])
+            if less <= search.budget:
+                named = space.plan(*helps).planned
+                ways.append(f"{', '.join(named)} (planned: the step cannot run it yet; {format_bytes(less)})")
     if kept >= search.budget:
-        times = 2 ** math.ceil(math.log2(kept / search.budget))
-        return (
-            f"{text}. No batch is small enough; about {times * 2} times the devices, all on fsdp, would do, "
-            "or an optimizer with a smaller state"
-        )
-    share = (search.budget - kept) / activations
-    return (
-        f"{text}. It would fit with {share:.0%} of the tokens per example, or a device with "
-        f"{format_bytes(total / space.memory_share)} usable, or more devices"
-    )
+        ways.append("an optimizer with a smaller state")
+    return f"{text}. It would fit with " + ", or ".join(ways)
+
+
+def _least(search: _Search) -> tuple[Placement, Columns, int] | None:
+    """The candidate that needs least memory."""
+    nearest: tuple[float, tuple[Placement, Columns, int]] | None = None
+    for place, columns in _everything(search):
+        memory = search.bytes(place, columns)
+        i = int(np.argmin(memory))
+        if nearest is None or memory[i] < nearest[0]:
+            nearest = float(memory[i]), (place, columns, i)
+    return nearest[1] if nearest else None

@@ -1,4 +1,4 @@
-"""The declared space of plans: every mesh, sequence parallelism, rematerialisation and number of microbatches.
+"""The declared space of plans: every mesh, and every choice that a plan has.
 
     model = TracedModel(traced, abstract_opt_state, cluster)
     space = Space(model, cluster, fix={"tensor": 4}, forbid=("context",))
@@ -6,28 +6,37 @@
         placement = model.place(inner)                 # a Placement, or the reason why there is none
         columns = space.columns(placement)             # its candidates, as arrays
 
-Inner sizes (expert, context, tensor, sequence) make a placement; the rest of the devices are split between data and
-fsdp. A candidate is legal if `Layout.on` accepts its mesh and preset, the batch divides by the devices that split it,
-and the microbatches divide what each of those has. Pipeline stages are not in the space: the step does not run them.
+Inner sizes (stage, expert, context, tensor, sequence) make a placement; the rest of the devices are split between data
+and fsdp. A candidate is legal if `Layout.on` accepts its mesh and preset, the batch divides by the devices that split
+it, and the microbatches divide what each of those has. What the step cannot run yet (`Plan.planned`) is in the space
+only if it is allowed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from search.cluster import Cluster
-from search.cost import Columns, CostModel, Placement
+from search.cost import CostModel
+from search.memory import ActivationBytes
+from search.placement import Columns, Placement, Variant
 from search.plan import Plan
+from search.schedules import ScheduleName
 from sharding_rules import AXES, CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, PlanError
 
 HEADROOM = 0.85
-"""Share of a device's usable memory that a plan may count on, as in `search.auto`."""
-CHOICES = (*AXES, "sequence", "remat", "microbatches")
+"""Share of a device's usable memory that a plan may count on."""
+PLANNED = ("schedule", "chunks", "vocab", "optimizer_sharding", "regather", "offload")
+"""Choices that `Variant` has and the step cannot run yet."""
+CHOICES = (*AXES, "sequence", "remat", "microbatches", *PLANNED)
+OFFLOADS = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -39,10 +48,16 @@ class Inner:
     expert: int
     sequence: bool
     batch_shards: int
+    stage: int = 1
 
     def mesh(self, fsdp: int = 1) -> MeshShape:
         return MeshShape(
-            data=self.batch_shards // fsdp, fsdp=fsdp, expert=self.expert, context=self.context, tensor=self.tensor
+            data=self.batch_shards // fsdp,
+            fsdp=fsdp,
+            stage=self.stage,
+            expert=self.expert,
+            context=self.context,
+            tensor=self.tensor,
         )
 
     def preset(self, fsdp: int = 1) -> str:
@@ -61,6 +76,8 @@ class Model(Protocol):
     """Elements of the largest integer array of the batch, or its examples."""
     has_experts: bool
     """Whether a row of experts exists: without one, the expert axis would be another name for data."""
+    layers: int
+    """Repeated layers that pipeline stages can share out; 1 if there are none."""
     dtypes: Mapping[str, str]
     """`param_dtype` and `compute_dtype` of plans."""
 
@@ -68,8 +85,10 @@ class Model(Protocol):
         """The placement, or why there is none."""
         ...
 
-    def activation_bytes(self, place: Placement, remat: str) -> int:
-        """Bytes per device that the backward pass keeps in one microbatch that is the whole batch."""
+    def activations(
+        self, place: Placement, remat: str, microbatches: npt.NDArray[np.int64], fsdp: npt.NDArray[np.int64]
+    ) -> ActivationBytes:
+        """Bytes per device, without stages, of candidates with one rematerialisation."""
         ...
 
 
@@ -80,10 +99,13 @@ class Space:
     Attributes:
         model: what is planned.
         cluster: where.
-        fix: choice -> value: a mesh axis and its size, `sequence` (bool), `remat`, `microbatches`.
-        forbid: mesh axes that stay 1, or `sequence`.
+        fix: choice -> value: a mesh axis and its size, `sequence` (bool), `remat`, `microbatches`, or a field of
+            `Plan` that is planned only.
+        forbid: mesh axes that stay 1, or `sequence`, `optimizer_sharding`, `offload`.
         memory_share: of a device's usable memory that a plan may count on.
         allow_idle: also plans that leave devices unused.
+        allow_planned: also plans that the step cannot run yet.
+        max_microbatch: most examples that a device may have in one microbatch.
     """
 
     model: Model
@@ -92,20 +114,27 @@ class Space:
     forbid: Sequence[str] = ()
     memory_share: float = HEADROOM
     allow_idle: bool = False
+    allow_planned: bool = False
+    max_microbatch: int | None = None
 
     def __post_init__(self):
         for name in (*self.fix, *self.forbid):
             if name not in CHOICES:
                 raise ValueError(f"no choice called {name!r}; there are {', '.join(CHOICES)}")
-        if self.fix.get(STAGE, 1) != 1:
-            raise PlanError(
-                f"stage={self.fix[STAGE]}: pipeline stages are not run by this step; give its devices to data"
-            )
         if "remat" in self.fix and self.fix["remat"] not in self.model.costs.remats:
             raise ValueError(f"remat={self.fix['remat']!r}; one of {', '.join(self.model.costs.remats)}")
         both = set(self.fix) & set(self.forbid)
         if both:
             raise ValueError(f"{sorted(both)[0]!r} is both fixed and forbidden")
+        if not self.allow_planned:
+            wished = [n for n in PLANNED if n in self.fix] + [STAGE] * (self.fix.get(STAGE, 1) != 1)
+            if wished:
+                raise PlanError(
+                    f"{wished[0]}={self.fix[wished[0]]}: the step cannot run this yet; plan it all the same with "
+                    "allow_planned (--allow-planned), or leave it out"
+                )
+        if self.max_microbatch is not None and self.max_microbatch < 1:
+            raise ValueError(f"max_microbatch={self.max_microbatch}; a whole number from 1 up")
         wanted = math.prod(int(self.fix.get(axis, 1)) for axis in AXES)
         if self.cluster.devices % wanted:
             raise PlanError(
@@ -122,30 +151,82 @@ class Space:
         """Every choice of inner sizes, legal or not."""
         n, out = self.cluster.devices, []
         for used in divisors(n) if self.allow_idle else [n]:
-            for expert in self._sizes(EXPERT, used):
-                for context in self._sizes(CONTEXT, used // expert):
-                    for tensor in self._sizes(TENSOR, used // (expert * context)):
-                        rest = used // (expert * context * tensor)
-                        if self._outer(rest):
-                            out += [Inner(tensor, context, expert, s, rest) for s in self._sequence(tensor)]
+            for stage in self._stages(used):
+                for expert in self._sizes(EXPERT, used // stage):
+                    for context in self._sizes(CONTEXT, used // (stage * expert)):
+                        for tensor in self._sizes(TENSOR, used // (stage * expert * context)):
+                            rest = used // (stage * expert * context * tensor)
+                            if self._outer(rest):
+                                out += [Inner(tensor, context, expert, s, rest, stage) for s in self._sequence(tensor)]
         return sorted(out)
 
     def columns(self, place: Placement) -> Columns:
-        """The candidates of a placement: fsdp, rematerialisation and microbatches."""
+        """The candidates of a placement: fsdp, rematerialisation, microbatches and variant."""
         allowed = set(self._outer(place.batch_shards))
         fsdp = [i for i, size in enumerate(place.fsdp_sizes) if size in allowed]
         remats = self.model.costs.remats
         remat = [i for i, name in enumerate(remats) if name == self.fix.get("remat", name)]
-        parts = divisors(self.model.batch // (place.batch_shards * place.expert))
-        parts = [m for m in parts if m == self.fix.get("microbatches", m)]
-        grid = np.meshgrid(fsdp, remat, parts, indexing="ij")
-        return Columns(*(np.asarray(axis.ravel(), np.int64) for axis in grid))
+        each = self.model.batch // (place.batch_shards * place.expert)
+        parts = [m for m in divisors(each) if m == self.fix.get("microbatches", m)]
+        parts = [m for m in parts if self.max_microbatch is None or each // m <= self.max_microbatch]
+        variants = self.variants(place)
+        grid = np.meshgrid(fsdp, remat, parts, np.arange(len(variants)), indexing="ij")
+        f, r, m, v = (np.asarray(axis.ravel(), np.int64) for axis in grid)
+        columns = Columns(f, r, m, v, variants)
+        if len(variants) == 1 and place.stage == 1:
+            return columns
+        return columns.take(np.flatnonzero(self._sensible(place, columns)))
 
-    def plan(self, place: Placement, fsdp: int, remat: str, microbatches: int, **fields: Any) -> Plan:
+    def variants(self, place: Placement) -> tuple[Variant, ...]:
+        """Choices that are not sizes, for one placement."""
+        if not self.allow_planned:
+            return (Variant(),)
+        pipelines: list[tuple[ScheduleName, int]] = [("1f1b", 1)]
+        vocabs = ["ends"]
+        if place.stage > 1:
+            chunks = [v for v in divisors(self.model.layers // place.stage) if 1 < v <= 8]
+            pipelines = [("gpipe", 1), ("1f1b", 1), ("zb_h1", 1), *(("interleaved", v) for v in chunks)]
+            vocabs = ["ends", "spread"]
+        shards = [False, True] if place.batch_shards > 1 and "optimizer_sharding" not in self.forbid else [False]
+        offloads = OFFLOADS if "offload" not in self.forbid else OFFLOADS[:1]
+        found = [
+            Variant(schedule, chunks, vocab, sharded, regather, offload)  # type: ignore[arg-type]
+            for (schedule, chunks), vocab, sharded, regather, offload in itertools.product(
+                pipelines, vocabs, shards, [True, False] if place.batch_shards > 1 else [True], offloads
+            )
+        ]
+        fixed = {name: value for name, value in self.fix.items() if name in PLANNED}
+        if isinstance(fixed.get("offload"), str):
+            fixed["offload"] = tuple(part for part in fixed["offload"].split("+") if part != "none")
+        return tuple(v for v in found if all(getattr(v, name) == value for name, value in fixed.items()))
+
+    def _sensible(self, place: Placement, columns: Columns) -> npt.NDArray[np.bool_]:
+        """Which candidates their schedule can run, and which are not another candidate by another name."""
+        fsdp = np.array(place.fsdp_sizes)[columns.fsdp]
+        data = place.batch_shards // fsdp
+        interleaved = columns.flags("schedule") == "interleaved"
+        fits = ~interleaved | (columns.microbatches % place.stage == 0)
+        sharded, regathers = columns.flags("optimizer_sharding"), columns.flags("regather")
+        return fits & (~sharded | (data > 1)) & (regathers | (fsdp > 1))
+
+    def plan(self, place: Placement, columns: Columns, row: int, **fields: Any) -> Plan:
         """The plan of one candidate."""
-        inner = Inner(place.tensor, place.context, place.expert, place.sequence, place.batch_shards)
-        size = place.fsdp_sizes[fsdp]
-        return Plan(inner.mesh(size), inner.preset(size), (), microbatches, remat, **{**self.model.dtypes, **fields})  # type: ignore[arg-type]
+        inner = Inner(place.tensor, place.context, place.expert, place.sequence, place.batch_shards, place.stage)
+        size = place.fsdp_sizes[int(columns.fsdp[row])]
+        variant = columns.variants[int(columns.variant[row])]
+        return Plan(
+            inner.mesh(size),
+            inner.preset(size),
+            (),
+            int(columns.microbatches[row]),
+            self.model.costs.remats[int(columns.remat[row])],
+            **{**dataclasses.asdict(variant), **self.model.dtypes, **fields},
+        )
+
+    def _stages(self, devices: int) -> list[int]:
+        if not self.allow_planned or STAGE in self.forbid:
+            return [1]
+        return [p for p in divisors(devices) if p == self.fix.get(STAGE, p) and self.model.layers % p == 0]
 
     def _sizes(self, axis: str, devices: int) -> list[int]:
         if axis in self.forbid or (axis == EXPERT and not self.model.has_experts and axis not in self.fix):
@@ -163,7 +244,8 @@ class Space:
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def _nearest(wanted: int, devices: int) -> int:

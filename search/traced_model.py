@@ -15,20 +15,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from search.cluster import Cluster
-from search.cost import CostModel, Placement
+from search.cost import CostModel
 from search.efficiency import Efficiency
-from search.memory import activation_bytes
+from search.liveness import Step, analyse_step
+from search.memory import ActivationBytes, ActivationMemory
+from search.placement import REGIONS, Floats, Placement
 from search.plan import Remat
+from search.regions import ParamRegion, Region, count_layers, op_regions, param_regions, stacks
 from search.space import Inner, divisors
 from search.traffic import ActivationTraffic, param_flows
-from search.workload import Workload, workload
+from search.workload import Workload, workload_of
 from sharding_rules import AXES, FSDP, Layout, MeshShape, PlanError, TracedFunction, make_layout, tree_paths
 from sharding_rules.axes import leaves
 from sharding_rules.partition import param_shares, tree_bytes
 
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+CACHE = "state"
+"""The argument that is neither parameters nor examples: keys and values of inference, running means of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,7 @@ class _ParamClass:
     floating: bool
     trips: int
     optimizer_bytes: int
+    region: ParamRegion
 
 
 class TracedModel:
@@ -56,6 +63,7 @@ class TracedModel:
         param_dtype: dtype of the stored parameters; gradients are summed in float32 or wider.
         fused_attention: cost attention as one operation.
         remats: which rematerialisations to consider.
+        training: False for a function that is only run forward; it has no gradients and no optimizer.
     """
 
     def __init__(
@@ -68,14 +76,21 @@ class TracedModel:
         param_dtype: str = "float32",
         fused_attention: bool = False,
         remats: Sequence[Remat] = REMATS,
+        training: bool = True,
     ):
         self.layout = make_layout(traced, MeshShape(), "data")
+        steps: dict[Remat, Step] = {r: analyse_step(traced, remat=r, grad=training) for r in remats}
         self.works: dict[Remat, Workload] = {
-            r: workload(traced, remat=r, fused_attention=fused_attention) for r in remats
+            r: workload_of(step, fused_attention=fused_attention) for r, step in steps.items()
         }
+        self._memory = ActivationMemory(traced, self.layout, remats, fused_attention=fused_attention, steps=steps)
+        self.training = training
+        self.repeats = count_layers(self.layout)
         batch_rows = [row.name for row in self.layout.rows.rows if row.role == "batch"]
-        self.costs = CostModel(cluster, self.works, batch_rows=batch_rows, efficiency=efficiency)
+        self.costs = CostModel(cluster, self.works, batch_rows=batch_rows, efficiency=efficiency, layers=self.repeats)
+        self.layers = self._stageable()
         arrays = jax.tree.leaves(traced.arg("batch"))
+        self._arguments = traced.names
         self.batch = max((x.shape[0] for x in arrays if x.shape), default=1)
         ids = [math.prod(x.shape) for x in arrays if jnp.issubdtype(x.dtype, jnp.integer) and len(x.shape) > 1]
         self.tokens = max(ids, default=self.batch)
@@ -91,7 +106,7 @@ class TracedModel:
         self._classes, self._whole_optimizer = self._param_classes()
         self._placed: dict[Inner, Placement | str] = {}
         self._kept: dict[tuple[int, ...], Any] = {}
-        self._activations: dict[tuple[Inner, str], int] = {}
+        self._inputs: ActivationMemory | None = None
 
     # Placing.
 
@@ -103,6 +118,8 @@ class TracedModel:
 
     def _place(self, inner: Inner) -> Placement | str:
         mesh = inner.mesh()
+        if inner.stage > 1 and self.layers % inner.stage:
+            return f"stage={inner.stage} does not divide the model's {self.layers} layers"
         if self.batch % mesh.batch_shards:
             return f"a batch of {self.batch} does not split over {mesh.batch_shards} devices"
         try:
@@ -118,8 +135,7 @@ class TracedModel:
             row.role == "kv_heads" and compute[i, -1] and row.size % inner.tensor > 0 for i, row in enumerate(rows)
         ]
         sizes = tuple(divisors(inner.batch_shards))
-        kept = [self._kept_bytes(layout, inner, fsdp) for fsdp in sizes]
-        params, gradients, optimizer = np.array([k[0] for k in kept], np.float64).T
+        held = [self._held(layout, inner, fsdp) for fsdp in sizes]
         place = Placement(
             expert=inner.expert,
             context=inner.context,
@@ -132,20 +148,34 @@ class TracedModel:
             groups=np.array([row.role == "groups" for row in rows]),
             fsdp_sizes=sizes,
             flows=(),
-            # Reads everything once and writes parameters and state back.
-            optimizer_bytes=2 * params + gradients + 2 * optimizer,
-            gradient_bytes=gradients,
-            kept_bytes=params + gradients + optimizer,
-            payload=(inner, layout),
+            held=np.stack([h[0] for h in held], axis=-1),
+            stage=inner.stage,
+            cache_bytes=layout.bytes_per_device(CACHE) if CACHE in self._arguments else 0,
         )
-        flows = [*self._traffic.flows(place), *param_flows([k[1] for k in kept])]
-        return dataclasses.replace(place, flows=tuple(flows))
+        flows = [*self._traffic.flows(place), *param_flows([h[1] for h in held])]
+        boundary = self._boundary_bytes(place) if inner.stage > 1 else 0.0
+        return dataclasses.replace(place, flows=tuple(flows), boundary_bytes=boundary)
 
-    def activation_bytes(self, place: Placement, remat: str) -> int:
-        inner, layout = place.payload
-        if (inner, remat) not in self._activations:
-            self._activations[inner, remat] = activation_bytes(layout, remat)
-        return self._activations[inner, remat]
+    def activations(
+        self, place: Placement, remat: str, microbatches: npt.NDArray[np.int64], fsdp: npt.NDArray[np.int64]
+    ) -> ActivationBytes:
+        """Bytes per device, without stages, of candidates with one rematerialisation."""
+        return self._memory.bytes(place, remat, microbatches, fsdp)
+
+    def _stageable(self) -> int:
+        """Layers that pipeline stages can share out: one stack of them that is most of the model."""
+        if not self.training or self.repeats == 1 or stacks(self.layout) > 1:
+            return 1
+        work = self.works[next(iter(self.works))].merged()
+        regions = op_regions(work, self.repeats)
+        inside = [op.flops * op.trips for op, region in zip(work.ops, regions, strict=True) if region == "layers"]
+        return self.repeats if sum(inside) > 0.5 * work.flops else 1
+
+    def _boundary_bytes(self, place: Placement) -> float:
+        """What passes from one layer to the next on a device: what is kept when whole layers are computed again."""
+        if self._inputs is None:
+            self._inputs = ActivationMemory(self.layout.traced, self.layout, ("full",), fused_attention=True)
+        return float(self._inputs.bytes(place, "full").layers[0]) / self.layers
 
     # Parameters.
 
@@ -164,7 +194,8 @@ class TracedModel:
             elif math.prod(leaf.shape) > 1:
                 regular = False
         found: dict[Any, _ParamClass] = {}
-        for path, dims in zip(paths, layout.table.inputs(layout.params), strict=True):
+        regions = param_regions(layout, self.repeats)
+        for path, dims, region in zip(paths, layout.table.inputs(layout.params), regions, strict=True):
             leaf = params[path]
             rows = [[layout.rows.of(axis) for axis in leaves(dim)] for dim in dims]
             names = tuple(
@@ -172,7 +203,7 @@ class TracedModel:
                 for rs, d in zip(rows, dims, strict=True)
             )
             segmented = any(axis.segments is not None for dim in dims for axis in leaves(dim))
-            key = (names, leaf.dtype, optimizer.get(path, 0), path if segmented else "")
+            key = (names, leaf.dtype, optimizer.get(path, 0), path if segmented else "", region)
             trips = math.prod(r.size for dim in rows for r in dim if r is not None and r.role == "layers")
             made = found.get(key)
             found[key] = (
@@ -187,35 +218,43 @@ class TracedModel:
                     bool(jnp.issubdtype(leaf.dtype, jnp.floating)),
                     trips,
                     optimizer.get(path, 0),
+                    region,
                 )
             )
         return list(found.values()), not regular
 
-    def _kept_bytes(self, layout: Layout, inner: Inner, fsdp: int) -> tuple[tuple[int, int, int], dict[Any, float]]:
-        """Bytes of parameters, gradients and optimizer on a device, as `step_bytes` has them, and traffic by class."""
-        key = (inner.tensor, inner.context, inner.expert, fsdp)
+    def _held(self, layout: Layout, inner: Inner, fsdp: int) -> tuple[Floats, dict[Any, float]]:
+        """Bytes of parameters, gradients and optimizer by region, as `Placement.held`, and traffic by class.
+
+        A parameter that is used before and after the layers is on the last stage, and with several also on the first.
+        """
+        key = (inner.tensor, inner.context, inner.expert, fsdp, inner.stage > 1)
         if key in self._kept:
             return self._kept[key]
-        mesh = inner.mesh(fsdp)
+        mesh = dataclasses.replace(inner.mesh(fsdp), stage=1)
         assignment = dataclasses.replace(layout.assignment, mesh=mesh, storage=fsdp > 1)
-        elements = optimizer = 0
+        elements_r, optimizer_r = np.zeros((2, len(REGIONS)))
         traffic: dict[Any, float] = {}
         for c in self._classes:
             compute, rest = param_shares(assignment, c.path, c.dims)
             held = c.count * (c.elements // assignment.ways([a for entry in rest.entries for a in entry]))
-            elements += held
-            optimizer += held * c.optimizer_bytes
+            regions: tuple[Region, ...] = (c.region,) if c.region != "both" else ("last", "first")
+            for region in regions[: 1 if inner.stage == 1 else 2]:
+                elements_r[REGIONS.index(region)] += held
+                optimizer_r[REGIONS.index(region)] += held * c.optimizer_bytes
             split = tuple(axis for axis in AXES if any(axis in entry for entry in compute.entries))
             gathered = any(FSDP in entry for entry in rest.entries) and FSDP not in split
-            use = (split, gathered, c.trips, c.floating, c.itemsize)
+            use = (split, gathered, c.trips, c.floating and self.training, c.itemsize, regions[0])
             traffic[use] = traffic.get(use, 0.0) + c.count * c.elements * c.itemsize
         if self._whole_optimizer:
             full = self.layout.on(mesh, inner.preset(fsdp))
-            optimizer = tree_bytes(self.opt_state, full.state_specs(self.opt_state), mesh)
+            total = tree_bytes(self.opt_state, full.state_specs(self.opt_state), mesh)
+            optimizer_r = total * elements_r / max(elements_r.sum(), 1)
         else:
             small = (x for x in jax.tree.leaves(self.opt_state) if math.prod(x.shape) <= 1)
-            optimizer += sum(x.dtype.itemsize for x in small) - self._scalars_counted()
-        self._kept[key] = ((elements * self.width, elements * max(self.width, 4), optimizer), traffic)
+            optimizer_r[-1] += sum(x.dtype.itemsize for x in small) - self._scalars_counted()
+        gradients_r = elements_r * max(self.width, 4) * self.training
+        self._kept[key] = np.stack([elements_r * self.width, gradients_r, optimizer_r]), traffic
         return self._kept[key]
 
     def _scalars_counted(self) -> int:

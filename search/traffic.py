@@ -198,25 +198,28 @@ def param_flows(traffic: Sequence[Mapping[Any, float]]) -> list[Flow]:
     gathers: dict[Any, np.ndarray] = {}
     sums: dict[Any, np.ndarray] = {}
     for i, by_class in enumerate(traffic):
-        for (split, gathered, trips, floating, itemsize), bytes_ in by_class.items():
+        for (split, gathered, trips, floating, itemsize, region), bytes_ in by_class.items():
             if gathered:
-                found = gathers.setdefault((split, trips, floating), np.zeros(len(traffic)))
+                found = gathers.setdefault((split, trips, floating, region), np.zeros(len(traffic)))
                 found[i] += bytes_ / trips
             if floating:
                 axes = tuple(a for a in (*BATCH_AXES, CONTEXT) if a not in split and not (gathered and a == FSDP))
                 held = (*split, FSDP) if gathered else split
-                found = sums.setdefault((axes, held), np.zeros((2, len(traffic))))
+                found = sums.setdefault((axes, held, region), np.zeros((2, len(traffic))))
                 found[:, i] += bytes_, bytes_ * max(1.0, 4 / itemsize)
     flows = []
-    for (split, trips, floating), bytes_ in gathers.items():
+    for (split, trips, floating, region), bytes_ in gathers.items():
         count = {"": float(trips)}
+        flows.append(Flow("all_gather", (FSDP,), bytes_, split, "forward", True, False, count, region=region))
         # Outside of loops the compiler keeps what it gathered for the backward pass (seen in XLA's HLO).
-        for phase in ("forward", "backward") if trips > 1 else ("forward",):
-            flows.append(Flow("all_gather", (FSDP,), bytes_, split, phase, True, False, count))
+        if trips > 1:
+            flows.append(
+                Flow("all_gather", (FSDP,), bytes_, split, "backward", True, False, count, region=region, again=True)
+            )
         if floating:
-            flows.append(Flow("reduce_scatter", (FSDP,), bytes_, split, "backward", True, False, count))
-    for (axes, held), (bytes_, summed) in sums.items():
-        flows.append(Flow("all_reduce", axes, bytes_, held, "step", True, False, {"": 1.0}, summed))
+            flows.append(Flow("reduce_scatter", (FSDP,), bytes_, split, "backward", True, False, count, region=region))
+    for (axes, held, region), (bytes_, summed) in sums.items():
+        flows.append(Flow("all_reduce", axes, bytes_, held, "step", True, False, {"": 1.0}, summed, region))
     return flows
 
 

@@ -15,6 +15,7 @@ import zoo
 from search.cluster import parse_cluster
 from search.collectives import collective_seconds
 from search.cost import Columns, CostModel, Flow, Placement
+from search.costing import memory_parts
 from search.efficiency import Efficiency
 from search.memory import step_bytes
 from search.space import Inner, Space
@@ -80,7 +81,6 @@ def by_hand(*, tensor=1, batch_shards=1, flows=(), fsdp_sizes=(1,)):
     rows = np.zeros((3, len(AXES)), bool)
     rows[0, :2] = True
     rows[2, AXES.index(TENSOR)] = True
-    zeros = np.zeros(len(fsdp_sizes))
     return Placement(
         expert=1,
         context=1,
@@ -93,9 +93,7 @@ def by_hand(*, tensor=1, batch_shards=1, flows=(), fsdp_sizes=(1,)):
         groups=np.zeros(3, bool),
         fsdp_sizes=fsdp_sizes,
         flows=flows,
-        optimizer_bytes=zeros,
-        gradient_bytes=zeros,
-        kept_bytes=zeros,
+        held=np.zeros((3, 3, len(fsdp_sizes))),
     )
 
 
@@ -328,9 +326,11 @@ def test_memory_is_that_of_step_bytes(name):
         cols = space.columns(place)
         for i in range(0, len(cols), 5):
             remat, parts = model.costs.remats[cols.remat[i]], int(cols.microbatches[i])
-            plan = space.plan(place, int(cols.fsdp[i]), remat, parts)
+            plan = space.plan(place, cols, i)
             exact = step_bytes(model.layout.on(plan.mesh, plan.preset), state, remat=remat, microbatches=parts)
-            assert place.kept_bytes[cols.fsdp[i]] + model.activation_bytes(place, remat) // parts == exact.total, plan
+            found = memory_parts(model, place, cols.take(i))
+            for part in ("params", "gradients", "optimizer"):
+                assert int(found[part][0]) == getattr(exact, part), (plan, part)
             checked += 1
     assert checked >= 10
 

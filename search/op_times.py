@@ -1,0 +1,183 @@
+"""Seconds of the operations of a step under a placement (analytic): the roofline, operation by operation.
+
+    op time = max(flops / attained flops, bytes / attained bandwidth) + launch            Williams et al. 2009
+
+Dimensions: n operations, a arrays that they move, r rows, x mesh axes, m numbers of microbatches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from search.cluster import Cluster
+from search.efficiency import Efficiency
+from search.placement import REGIONS, Bools, Floats, Placement
+from search.regions import op_regions
+from search.workload import Workload
+
+PRODUCTS = ("dot", "conv", "ragged")
+PASSES = ("forward", "backward", "weights")
+"""Forward; backward, with what it computes again; gradients of weights, which zero-bubble schedules run apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpSeconds:
+    """Seconds of one execution on a device, times its executions per step; shape (m, n).
+
+    Attributes:
+        flops, bytes: of the arithmetic and of the memory; the longer of the two counts.
+        launch: shape (n,).
+    """
+
+    flops: Floats
+    bytes: Floats
+    launch: Floats
+
+    @property
+    def total(self) -> Floats:
+        return np.maximum(self.flops, self.bytes) + self.launch
+
+
+class OpTimes:
+    """One workload as arrays.
+
+    Args:
+        work: of the step on the global batch.
+        rows: names of the columns of placements.
+        batch_rows: bool per row: split into microbatches.
+        cluster, efficiency: machines and what they attain.
+        layers: number of repeated layers.
+    """
+
+    def __init__(
+        self,
+        work: Workload,
+        rows: Sequence[str],
+        batch_rows: Bools,
+        cluster: Cluster,
+        efficiency: Efficiency,
+        layers: int = 1,
+    ):
+        work = work.merged()
+        self.efficiency = efficiency
+        self.bandwidth = efficiency.bandwidth * cluster.accelerator.memory_bytes_per_second
+        self.launch = dict(efficiency.launch_seconds)[cluster.accelerator.kind]
+        column = [list(work.rows).index(name) for name in rows]
+        table, arrays = work.table(), work.arrays()
+        self.axes_nr: Bools = table["axes"][:, column]
+        self.contracted_nr: Bools = table["contracted"][:, column]
+        self.array_axes_ar: Bools = arrays["axes"][:, column]
+        self.array_op_a = arrays["op"]
+        self.array_bytes_a: Floats = arrays["bytes"]
+        self.trips_n: Floats = table["trips"]
+        self.kind_n = table["kind"]
+        self.product_n: Bools = np.isin(self.kind_n, PRODUCTS)
+        peaks = np.array([peak_flops(cluster, dtype) for dtype in table["dtype"]])
+        attention = self.kind_n == "attention"
+        self.flops_n: Floats = np.where(
+            self.product_n | attention,
+            table["flops"],
+            table["flops"] + efficiency.transcendental_flops * table["transcendentals"],
+        )
+        vector = np.full(len(self.kind_n), efficiency.vector * peak_flops(cluster, "bfloat16"))
+        self.rate_n: Floats = np.where(
+            self.product_n, peaks * efficiency.matmul, np.where(attention, peaks * efficiency.attention, vector)
+        )
+        self.sizes_n3: Floats = np.stack([table["m"], table["n"], table["k"]], axis=1)
+        self.batched_n: Bools = np.any(self.axes_nr & batch_rows, axis=1)
+        self.batched_a: Bools = np.any(self.array_axes_ar & batch_rows, axis=1)
+        self.batch_rows: Bools = batch_rows
+        self._operands(arrays["written"])
+        self.groups_n = self._groups(table["phase"], op_regions(work, layers))
+
+    def _groups(self, phase: np.ndarray, regions: Sequence[str]) -> np.ndarray:
+        """Region and pass of every operation, as one number."""
+        backward = phase != "forward"
+        weights = (phase == "backward") & self.product_n & np.any(self.contracted_nr & self.batch_rows, axis=1)
+        passes = np.where(weights, 2, np.where(backward, 1, 0))
+        return np.array([REGIONS.index(region) for region in regions]) * len(PASSES) + passes  # type: ignore[arg-type]
+
+    def _operands(self, written: Bools) -> None:
+        """Of a product, the larger two arrays that it reads: rows of one alone are those of m or n."""
+        self.lhs_nr = np.zeros_like(self.axes_nr)
+        self.rhs_nr = np.zeros_like(self.axes_nr)
+        for op in np.flatnonzero(self.product_n):
+            mine = np.flatnonzero((self.array_op_a == op) & ~written)
+            largest = sorted(sorted(mine, key=lambda a: -self.array_bytes_a[a])[:2])
+            if len(largest) == 2:
+                self.lhs_nr[op], self.rhs_nr[op] = self.array_axes_ar[largest]
+            elif largest:
+                self.lhs_nr[op] = self.array_axes_ar[largest[0]]
+
+    def split(self, incidence_ir: Bools, place: Placement, sizes_x: Floats) -> tuple[Floats, Bools]:
+        """How many ways things divide whose rows are given, and over which mesh axes."""
+        grouped = np.any(incidence_ir & place.groups, axis=1)
+        clean = (incidence_ir & ~place.beyond) @ place.rows
+        beyond = (incidence_ir & place.beyond) @ place.rows
+        taken = clean | (beyond & np.asarray(grouped)[:, None]) | incidence_ir @ place.spill
+        return np.where(taken, sizes_x, 1.0).prod(1), taken
+
+    def seconds(self, place: Placement, sizes_x: Floats, counts_m: Floats) -> OpSeconds:
+        """Seconds of one microbatch's operations, for some numbers of microbatches; shape (m, n)."""
+        ways_n, taken_nx = self.split(self.axes_nr, place, sizes_x)
+        ways_a, _ = self.split(self.array_axes_ar, place, sizes_x)
+        parts_mn = np.where(self.batched_n, counts_m[:, None], 1.0)
+        parts_ma = np.where(self.batched_a, counts_m[:, None], 1.0)
+        moved_mn = np.stack([self.moved_seconds(ways_a * parts) for parts in parts_ma])
+        # Of each mesh axis that splits a product, one of k, m, n and the batch of products gets it, in this order.
+        sizes_n3 = self.sizes_n3.copy()
+        left_nx = taken_nx.copy()
+        roles = ((2, self.contracted_nr), (0, self.lhs_nr & ~self.rhs_nr), (1, self.rhs_nr & ~self.lhs_nr))
+        for column, incidence in roles:
+            _, got = self.split(incidence & ~self.contracted_nr if column != 2 else incidence, place, sizes_x)
+            got &= left_nx
+            left_nx &= ~got
+            sizes_n3[:, column] /= np.where(got, sizes_x, 1.0).prod(1)
+        shrinks_n3 = np.stack(
+            [((incidence & self.batch_rows).any(1)) for _, incidence in (roles[1], roles[2], roles[0])], axis=1
+        )
+        shrinks_n3[:, :2] &= ~shrinks_n3[:, 2:]
+        local_mn3 = np.maximum(sizes_n3 / np.where(shrinks_n3, counts_m[:, None, None], 1.0), 1.0)
+        share_mn = self.efficiency.product(*np.moveaxis(local_mn3, 2, 0)) / self.efficiency.matmul
+        rate_mn = np.where(self.product_n, self.rate_n * share_mn, self.rate_n)
+        return OpSeconds(
+            self.trips_n * (self.flops_n / (ways_n * parts_mn) / rate_mn),
+            self.trips_n * moved_mn,
+            self.trips_n * self.launch,
+        )
+
+    def by_group(self, seconds_mn: Floats) -> Floats:
+        """Sums over the operations of each region and pass; shape (m, regions, passes)."""
+        width = len(REGIONS) * len(PASSES)
+        sums = [np.bincount(self.groups_n, row, minlength=width) for row in seconds_mn]
+        return np.array(sums, np.float64).reshape(-1, len(REGIONS), len(PASSES))
+
+    def bound(self, place: Placement, sizes_x: Floats) -> float:
+        """Seconds of a step that no number of microbatches beats: large products, weights read once, no launches."""
+        ways_n, _ = self.split(self.axes_nr, place, sizes_x)
+        ways_a, _ = self.split(self.array_axes_ar, place, sizes_x)
+        flops_n = self.flops_n / self.rate_n / ways_n
+        return float((self.trips_n * np.maximum(flops_n, self.moved_seconds(ways_a))).sum())
+
+    def floor(self) -> float:
+        """Seconds of a step on one device at its peaks."""
+        moved = self.moved_seconds(np.ones(len(self.array_bytes_a)))
+        return float((self.trips_n * np.maximum(self.flops_n / self.rate_n, moved)).sum())
+
+    def moved_seconds(self, ways_a: Floats) -> Floats:
+        """Seconds of one execution's bytes."""
+        moved = np.bincount(self.array_op_a, self.array_bytes_a / ways_a, minlength=len(self.trips_n))
+        return moved / self.bandwidth
+
+
+def peak_flops(cluster: Cluster, dtype: str) -> float:
+    """FLOP/s of products in a dtype; integers and what the accelerator does not list run as bfloat16 or float32."""
+    for name in (dtype, "bfloat16", "float32"):
+        try:
+            return cluster.accelerator.flops(name)
+        except ValueError:
+            continue
+    return cluster.accelerator.peak_flops_per_second[0][1]
