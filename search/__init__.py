@@ -10,6 +10,7 @@ from search.mapping import order_axes, order_nodes
 from search.memory import StepBytes, activation_bytes, step_bytes
 from search.plan import Plan
 from search.schedules import Schedule, make_schedule, simulate
+from search.sensitivity import Sensitivity, sensitivity
 from search.solver import SearchResult, solve
 from search.space import Space
 from search.stages import cut_layers, cut_pipeline
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "Schedule",
     "SearchResult",
+    "Sensitivity",
     "Space",
     "StepBytes",
     "TracedModel",
@@ -37,6 +39,7 @@ __all__ = [
     "order_axes",
     "order_nodes",
     "parse_cluster",
+    "sensitivity",
     "simulate",
     "solve",
     "step_bytes",

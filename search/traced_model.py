@@ -7,9 +7,10 @@ model.activation_bytes(placement, "full")
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,8 +87,10 @@ class TracedModel:
         self._memory = ActivationMemory(traced, self.layout, remats, fused_attention=fused_attention, steps=steps)
         self.training = training
         self.repeats = count_layers(self.layout)
-        batch_rows = [row.name for row in self.layout.rows.rows if row.role == "batch"]
-        self.costs = CostModel(cluster, self.works, batch_rows=batch_rows, efficiency=efficiency, layers=self.repeats)
+        self._batch_rows = [row.name for row in self.layout.rows.rows if row.role == "batch"]
+        self.costs = CostModel(
+            cluster, self.works, batch_rows=self._batch_rows, efficiency=efficiency, layers=self.repeats
+        )
         self.layers = self._stageable()
         arrays = jax.tree.leaves(traced.arg("batch"))
         self._arguments = traced.names
@@ -95,7 +98,7 @@ class TracedModel:
         ids = [math.prod(x.shape) for x in arrays if jnp.issubdtype(x.dtype, jnp.integer) and len(x.shape) > 1]
         self.tokens = max(ids, default=self.batch)
         self.has_experts = any(row.role == "expert" for row in self.layout.rows.rows)
-        self.dtypes = {"param_dtype": param_dtype, "compute_dtype": self.costs.dtype}
+        self.dtypes: Mapping[str, str] = {"param_dtype": param_dtype, "compute_dtype": self.costs.dtype}
         self.merges = cluster.accelerator.kind != "cpu"
         """Whether products of one activation share the sum of its gradient; XLA for CPUs sums each alone."""
         self.opt_state = abstract_opt_state
@@ -107,6 +110,13 @@ class TracedModel:
         self._placed: dict[Inner, Placement | str] = {}
         self._kept: dict[tuple[int, ...], Any] = {}
         self._inputs: ActivationMemory | None = None
+
+    def on(self, cluster: Cluster, efficiency: Efficiency | None = None) -> TracedModel:
+        """The same model on other links or with other constants; placements and bytes stay."""
+        other = copy.copy(self)
+        options = {"batch_rows": self._batch_rows, "layers": self.repeats}
+        other.costs = CostModel(cluster, self.works, efficiency=efficiency, **options)
+        return other
 
     # Placing.
 
