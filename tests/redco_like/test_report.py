@@ -12,7 +12,7 @@ import pytest
 import zoo
 
 import search
-from redco_like.report import lanes, markup, pareto, report_html, timeline, write_report
+from redco_like.report import lanes, markup, pareto, report_html, timeline, words, write_report
 from redco_like.report.bars import Row
 from search import Estimate, Plan
 from search.solver import Costed, SearchResult
@@ -52,7 +52,7 @@ def plan(microbatches=2, remat="full", preset="fsdp+megatron", **fields):
 
 def result(**fields):
     best = Costed(plan(data=2, fsdp=8, tensor=2), estimate())
-    others = [Costed(plan(fsdp=2 ** (4 + k), tensor=8), estimate(8.1 + k / 10)) for k in range(3)]
+    others = [Costed(plan(fsdp=2 ** (4 + k), tensor=8), estimate(8.1 + k / 10, {"tensor": 1.5})) for k in range(3)]
     front = [Costed(plan(fsdp=128, microbatches=2**k), estimate(8 * 1.3**k, scale=0.8**k)) for k in range(5)]
     known = {"bound": best.estimate.seconds_per_step, "gap": 0.0, "candidates": 9, "evaluated": 5, "memory_checked": 2}
     known |= {"placements": 3, "illegal": {}, "advice": "", "seconds": 0.1}
@@ -120,12 +120,22 @@ def test_page_reads_nothing_from_elsewhere(page):
 
 def test_headline_says_the_estimate_its_interval_and_its_label(page):
     e, said = result().best.estimate, page.words["headline"]
-    for words in ("10.0 s", "9.03 s to 12.0 s", "49 %", "61.0 GiB", "90 % of 68.0 GiB", "105 k", "analytic", "Gap 0 %"):
-        assert words in said, (words, said)
+    for number in (
+        "10.0 s",
+        "9.03 s to 12.0 s",
+        "49 %",
+        "61.0 GiB",
+        "90 % of 68.0 GiB",
+        "105 k",
+        "analytic",
+        "Gap 0 %",
+    ):
+        assert number in said, (number, said)
     assert markup.seconds(e.seconds_per_step) == "10.0 s"
     assert e.binds in said
     assert result().certificate() in said
     assert f"data 2 {markup.TIMES} fsdp 8 {markup.TIMES} tensor 2" in said
+    assert "2 microbatches, remat full (preset fsdp+megatron)" in said
 
 
 def test_memory_bars_are_as_long_as_their_bytes(page):
@@ -150,6 +160,13 @@ def test_time_bars_are_as_long_as_their_seconds(page):
     (compute,) = [w for _, y, w in page.marks("memory", "compute") if y == first]
     waits = [w for _, y, w in page.marks("memory", "exposed") if y == first]
     assert waits == pytest.approx([compute * s / e.seconds["compute"] for s in EXPOSED.values()], abs=0.11)
+    kinds = ("compute", "exposed", "optimizer", "params", "gradients", "activations", "transient")
+    parts = sorted((x, width) for kind in kinds for x, y, width in page.marks("memory", kind) if y == first)
+    assert len(parts) == 1 + 3 + 1 + 5
+    for (x, width), (after, _) in itertools.pairwise(parts[:5]):
+        assert x + width == pytest.approx(after, abs=0.11)
+    for (x, width), (after, _) in itertools.pairwise(parts[5:]):
+        assert x + width == pytest.approx(after, abs=0.11)
 
 
 def test_communication_says_bytes_and_seconds_of_each_axis(page):
@@ -289,6 +306,20 @@ def test_the_largest_pipeline_stays_under_a_megabyte(tmp_path):
     assert "One stage in " in Page(path.read_text("utf-8")).words["timeline"]
 
 
+def test_plans_are_told_in_words_with_all_that_they_choose():
+    """The mesh from its slowest links to its fastest, and what differs from the default."""
+    said = words.mesh_words(plan(data=2, fsdp=4, tensor=8, order=("tensor", "data", "fsdp")))
+    assert said.replace(markup.TIMES, "x") == "tensor 8 x data 2 x fsdp 4"
+    piped = plan(8, stage=4, schedule="interleaved", chunks=2, vocab="spread", preset="megatron+sequence")
+    assert words.how_words(piped) == (
+        "8 microbatches, interleaved with 2 chunks, vocabulary spread, remat full, sequence parallel"
+    )
+    rest = plan(1, "none", data=2, optimizer_sharding=True, regather=False, offload=("optimizer", "params"))
+    assert words.how_words(rest) == (
+        "1 microbatch, no remat, ZeRO-1 optimizer, gathered once per microbatch, optimizer and params offloaded"
+    )
+
+
 # Numbers and markup.
 
 
@@ -296,9 +327,10 @@ def test_the_largest_pipeline_stays_under_a_megabyte(tmp_path):
 def test_labels_beside_points_do_not_overlap(width):
     """Eight plans at almost the same place: those labels that are drawn are apart."""
     rows = [Row(str(k + 1), plan(fsdp=2**k), estimate(8 + k / 1000, scale=1 - k / 500)) for k in range(8)]
-    drawn = str(pareto.draw_pareto(rows, rows, width))
+    front = [*rows, Row("", plan(), estimate(20, scale=0.1))]
+    drawn = str(pareto.draw_pareto(front, rows, width))
     found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="mark[^>]*>([^<]+)<', drawn)
-    boxes = [(float(x), float(y), markup.text_width(words)) for x, y, words in found]
+    boxes = [(float(x), float(y), markup.text_width(label)) for x, y, label in found]
     assert len(boxes) >= 2
     for (x, y, wide), (x2, y2, wide2) in itertools.combinations(boxes, 2):
         assert abs(y - y2) > 9 or x + wide < x2 or x2 + wide2 < x, found
