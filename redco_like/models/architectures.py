@@ -98,8 +98,15 @@ def gemma2(embed: int, layers: int, heads: int, kv_heads: int, mlp: int, query: 
 
 
 def phi(embed: int, layers: int, heads: int, rotary_dim: int) -> ModelConfig:
-    form: dict[str, Any] = dict(family="phi", block="parallel_one_norm", rotary_dim=rotary_dim, activation="gelu_tanh")
-    return gpt_neox(embed, layers, heads, vocab=51200, head_bias=True, **form)
+    form: dict[str, Any] = dict(
+        family="phi",
+        vocab=51200,
+        head_bias=True,
+        block="parallel_one_norm",
+        rotary_dim=rotary_dim,
+        activation="gelu_tanh",
+    )
+    return gpt_neox(embed, layers, heads, **form)
 
 
 def t5(embed: int, layers: int, heads: int, mlp: int, head_dim: int, **changes: Any) -> ModelConfig:

@@ -53,6 +53,7 @@ def attend(
     v_BMKV: jax.Array,
     *,
     scale: float,
+    more: tuple[jax.Array, jax.Array] | None = None,
     keep: jax.Array | None = None,
     bias_1NLM: jax.Array | None = None,
     softcap: float = 0.0,
@@ -60,15 +61,25 @@ def attend(
     """Softmax of scores in float32, times values. Keys are not copied for the heads that share them.
 
     Args:
+        more: further dimensions of queries and keys, whose products are added; these keys may have fewer heads yet.
         keep: which scores count; of shape (1 or B, 1, 1, 1 or L, M).
 
     Returns:
         (B, L, N, V), in the dtype of the values.
     """
-    B, L, N, H = q_BLNH.shape
+    B, L, N, _ = q_BLNH.shape
     M, K = k_BMKH.shape[1:3]
-    q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
-    scores_BKGLM = jnp.einsum("blkgh,bmkh->bkglm", q_BLKGH, k_BMKH, preferred_element_type=jnp.float32) * scale
+
+    def products(q_BLNH: jax.Array, k_BMKH: jax.Array) -> jax.Array:
+        heads = k_BMKH.shape[2]
+        q_BLKGH = q_BLNH.reshape(B, L, heads, N // heads, -1)
+        y_BKGLM = jnp.einsum("blkgh,bmkh->bkglm", q_BLKGH, k_BMKH, preferred_element_type=jnp.float32)
+        return y_BKGLM if heads == K else y_BKGLM.reshape(B, K, N // K, L, M)
+
+    scores_BKGLM = products(q_BLNH, k_BMKH)
+    if more is not None:
+        scores_BKGLM += products(*more)
+    scores_BKGLM *= scale
     if softcap:
         scores_BKGLM = softcap * jnp.tanh(scores_BKGLM / softcap)
     if bias_1NLM is not None:
@@ -131,7 +142,9 @@ class Attention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention; with a cache, queries meet the compressed vectors and keys are never made.
 
-    Hugging Face's `kv_a_proj_with_mqa` is here `kv_a` and `k_rope`, its `kv_b_proj` is `k_b` and `v_b`.
+    Kernels that Hugging Face keeps in one are separate, so that no axis is made of unlike parts: its `q_b_proj` (or
+    `q_proj`) is `q_nope` and `q_rope`, head by head; `kv_a_proj_with_mqa` is `kv_a` and `k_rope`; `kv_b_proj` is `k_b`
+    and `v_b`, head by head.
     """
 
     config: ModelConfig
@@ -144,35 +157,34 @@ class LatentAttention(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         c, m = self.config, self.latent
         B, L, _ = x_BLD.shape
-        N, nope, rope = c.heads, m.nope_dim, m.rope_dim
+        N = c.heads
         q_BLX = x_BLD
         if m.query_rank:
             q_BLX = dense(m.query_rank, "q_a", c.qkv_bias, self.dtype)(q_BLX)
             q_BLX = Norm("rms", c.norm_eps, False, self.dtype, name="q_norm")(q_BLX)
-        q_BLNH = dense(N * (nope + rope), "q", False, self.dtype)(q_BLX).reshape(B, L, N, nope + rope)
-        q_nope, q_rope = jnp.split(q_BLNH, [nope], axis=-1)
+        q_BLNH = dense(N * m.nope_dim, "q_nope", False, self.dtype)(q_BLX).reshape(B, L, N, m.nope_dim)
+        q_rope = dense(N * m.rope_dim, "q_rope", False, self.dtype)(q_BLX).reshape(B, L, N, m.rope_dim)
         c_BLR = dense(m.kv_rank, "kv_a", c.qkv_bias, self.dtype)(x_BLD)
         c_BLR = Norm("rms", c.norm_eps, False, self.dtype, name="kv_norm")(c_BLR)
-        k_rope = dense(rope, "k_rope", c.qkv_bias, self.dtype)(x_BLD)[:, :, None, :]
+        k_rope = dense(m.rope_dim, "k_rope", c.qkv_bias, self.dtype)(x_BLD)[:, :, None, :]
         if context.cos_LR is not None and context.sin_LR is not None:
             q_rope = rotate(q_rope, context.cos_LR, context.sin_LR, c.rope_interleaved)
             k_rope = rotate(k_rope, context.cos_LR, context.sin_LR, c.rope_interleaved)
-        k_b = self.param("k_b", normal, (m.kv_rank, N * nope)).astype(self.dtype)
+        k_b = self.param("k_b", normal, (m.kv_rank, N * m.nope_dim)).astype(self.dtype)
         v_b = self.param("v_b", normal, (m.kv_rank, N * m.value_dim)).astype(self.dtype)
         if cache is not None:
             cache = store(cache, context, layer, latent=c_BLR, rope=k_rope[:, :, 0])
         if cache is None or context.position is None:
-            k_nope, v_BLNV = (c_BLR @ k_b).reshape(B, L, N, nope), (c_BLR @ v_b).reshape(B, L, N, m.value_dim)
-            k_BLNH = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (B, L, N, rope))], axis=-1)
-            q_BLNH = jnp.concatenate([q_nope, q_rope], axis=-1)
-            o_BLNV = attend(q_BLNH, k_BLNH, v_BLNV, scale=c.score_scale, keep=kept(c, L, L, context, layer, True))
+            k_BLNH = (c_BLR @ k_b).reshape(B, L, N, m.nope_dim)
+            v_BLNV = (c_BLR @ v_b).reshape(B, L, N, m.value_dim)
+            keep = kept(c, L, L, context, layer, True)
+            o_BLNV = attend(q_BLNH, k_BLNH, v_BLNV, more=(q_rope, k_rope), scale=c.score_scale, keep=keep)
         else:
-            c_BMR = load(cache, layer, "latent")
-            q_BLNR = jnp.einsum("blnh,rnh->blnr", q_nope, k_b.reshape(m.kv_rank, N, nope))
-            q_BLNX = jnp.concatenate([q_BLNR, q_rope], axis=-1)
-            k_BM1X = jnp.concatenate([c_BMR, load(cache, layer, "rope")], axis=-1)[:, :, None, :]
-            keep = kept(c, L, c_BMR.shape[1], context, layer, True)
-            o_BLNR = attend(q_BLNX, k_BM1X, c_BMR[:, :, None, :], scale=c.score_scale, keep=keep)
+            c_BM1R = load(cache, layer, "latent")[:, :, None]
+            k_rope = load(cache, layer, "rope")[:, :, None]
+            q_BLNR = jnp.einsum("blnh,rnh->blnr", q_BLNH, k_b.reshape(m.kv_rank, N, m.nope_dim))
+            keep = kept(c, L, c_BM1R.shape[1], context, layer, True)
+            o_BLNR = attend(q_BLNR, c_BM1R, c_BM1R, more=(q_rope, k_rope), scale=c.score_scale, keep=keep)
             o_BLNV = jnp.einsum("blnr,rnv->blnv", o_BLNR, v_b.reshape(m.kv_rank, N, m.value_dim))
         return dense(c.embed, "out", c.out_bias, self.dtype)(o_BLNV.reshape(B, L, N * m.value_dim)), cache
 
@@ -260,8 +272,9 @@ def bucket_bias(table_RN: jax.Array, L: int, M: int, *, both_ways: bool, buckets
 
 
 def rotary(c: ModelConfig, length: int, position: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, (length, rope_dim / 2), in float32."""
+    """Cosines and sines, (length, rotated dimensions of a head), in float32; each angle twice, as its pair lies."""
     frequencies, factor = rope_frequencies(c)
+    frequencies = np.repeat(frequencies, 2) if c.rope_interleaved else np.tile(frequencies, 2)
     steps = jnp.arange(length, dtype=jnp.float32)
     steps = steps if position is None else steps + position.astype(jnp.float32)
     angle_LR = steps[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
@@ -269,15 +282,23 @@ def rotary(c: ModelConfig, length: int, position: jax.Array | None) -> tuple[jax
 
 
 def rotate(x_BLNH: jax.Array, cos_LR: jax.Array, sin_LR: jax.Array, interleaved: bool) -> jax.Array:
-    """Turn pairs of the first 2 R dimensions of each head; the rest stays."""
-    turned = 2 * cos_LR.shape[-1]
-    x, rest = x_BLNH[..., :turned].astype(jnp.float32), x_BLNH[..., turned:]
-    cos, sin = cos_LR[None, :, None, :], sin_LR[None, :, None, :]
-    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    y = jnp.stack([a, b], axis=-1).reshape(x.shape) if interleaved else jnp.concatenate([a, b], axis=-1)
-    y = y.astype(x_BLNH.dtype)
-    return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y
+    """Turn pairs of the first R dimensions of each head; the rest is turned by an angle of 0.
+
+    Written as a sum of two arrays of full width, so that the dimensions of a head stay one axis.
+    """
+    rest = x_BLNH.shape[-1] - cos_LR.shape[-1]
+    x = x_BLNH.astype(jnp.float32)
+    if interleaved:
+        pairs = x[..., : x.shape[-1] - rest].reshape(*x.shape[:-1], -1, 2)
+        turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(*x.shape[:-1], -1)
+    else:
+        first, second = jnp.split(x[..., : x.shape[-1] - rest], 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
+    if rest:
+        turned = jnp.pad(turned, [(0, 0)] * 3 + [(0, rest)])
+        cos_LR = jnp.pad(cos_LR, ((0, 0), (0, rest)), constant_values=1.0)
+        sin_LR = jnp.pad(sin_LR, ((0, 0), (0, rest)))
+    return (x * cos_LR[None, :, None] + turned * sin_LR[None, :, None]).astype(x_BLNH.dtype)
 
 
 def rope_frequencies(c: ModelConfig) -> tuple[np.ndarray, float]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from redco_like.models.config import Activation, Experts, ModelConfig
 
@@ -130,11 +131,13 @@ class Mixture(nn.Module):
             correction = self.param("correction", nn.initializers.zeros, (e.count,)).astype(jnp.float32)
             choice_TE = gates_TE + jax.lax.stop_gradient(correction)[None]
         if e.groups > 1:
-            choice_TGE = choice_TE.reshape(-1, e.groups, e.count // e.groups)
-            best = 2 if e.router == "sigmoid" else 1
-            group_TG = jax.lax.top_k(choice_TGE, min(best, choice_TGE.shape[-1]))[0].sum(-1)
+            # By index and not by a reshape, so that the experts stay one axis, which any number of devices may divide.
+            members_GE = np.arange(e.count).reshape(e.groups, -1)
+            best = min(2 if e.router == "sigmoid" else 1, members_GE.shape[1])
+            group_TG = jax.lax.top_k(choice_TE[:, members_GE], best)[0].sum(-1)
             least_T1 = jax.lax.top_k(group_TG, e.top_groups)[0][:, -1:]
-            choice_TE = jnp.where((group_TG >= least_T1)[:, :, None], choice_TGE, 0.0).reshape(choice_TE.shape)
+            allowed_TE = (group_TG >= least_T1)[:, np.arange(e.count) // members_GE.shape[1]]
+            choice_TE = jnp.where(allowed_TE, choice_TE, 0.0)
         weights_TJ, expert_TJ = jax.lax.top_k(choice_TE, e.per_token)
         if e.router == "sigmoid":
             weights_TJ = jnp.take_along_axis(gates_TE, expert_TJ, axis=-1)
