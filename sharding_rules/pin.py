@@ -79,10 +79,21 @@ class Pieces:
     def whole(self) -> Any:
         return jnp.concatenate(self.parts, axis=self.dimension)
 
+    def meets(self, x: Any) -> bool:
+        """Whether a value can be cut like this one: an array of this shape, or of size 1 where it is broadcast."""
+        if isinstance(x, Pieces):
+            return x.shape == self.shape and x.sizes == self.sizes and x.dimension == self.dimension
+        shape = jnp.shape(x)
+        return not shape or (
+            len(shape) == len(self.shape) and all(a in (1, b) for a, b in zip(shape, self.shape, strict=True))
+        )
+
     def cut(self, x: Any) -> list[Any]:
-        """Cut a whole array of the same shape like this one."""
+        """Cut a value like this one; what is broadcast along the pieces is the same for each."""
         if isinstance(x, Pieces):
             return list(x.parts)
+        if not jnp.shape(x) or jnp.shape(x)[self.dimension] == 1:
+            return [x] * len(self.parts)
         return jnp.split(x, list(_offsets(self.sizes))[1:-1], axis=self.dimension)
 
 
@@ -275,14 +286,9 @@ class Pinner:
         pieces = next(x for x in values if isinstance(x, Pieces))
         name, d, params = eqn.primitive.name, pieces.dimension, eqn.params
         if RULES.get(name) is elementwise and len(eqn.outvars) == 1 and not any("jaxpr" in key for key in params):
-            alike = all(
-                not jnp.shape(x)
-                or (jnp.shape(x) == pieces.shape and (not isinstance(x, Pieces) or x.sizes == pieces.sizes))
-                for x in values
-            )
-            if not alike:
+            if shape_of(eqn.outvars[0]) != pieces.shape or not all(pieces.meets(x) for x in values):
                 return None
-            cuts = [pieces.cut(x) if jnp.shape(x) else [x] * len(pieces.parts) for x in values]
+            cuts = [pieces.cut(x) for x in values]
             return [Pieces(tuple(eqn.primitive.bind(*part, **params) for part in zip(*cuts, strict=True)), d)]
         if name == "split" and params["axis"] == d and tuple(params["sizes"]) == pieces.sizes:
             return list(pieces.parts)

@@ -292,14 +292,14 @@ def test_fsdp_gathers_weights_and_never_a_whole_batch():
 
 def _fused_attention(params, batch):
     B, L, D = batch.shape
-    q, k, v = (t.reshape(B, L, 4, D // 4) for t in jnp.split(batch @ params["qkv"], 3, axis=-1))
+    q, k, v = (t.reshape(B, L, 4, D // 4) for t in jnp.split(batch @ params["qkv"] + params["bias"], 3, axis=-1))
     p = jax.nn.softmax(jnp.einsum("blhd,bmhd->bhlm", q, k))
     out = jnp.einsum("bhlm,bmhd->blhd", p, v).reshape(B, L, D) @ params["out"]
     return jnp.mean((batch + out) ** 2)
 
 
 def test_fused_qkv_gathers_weights_and_no_activation():
-    params = {"qkv": jnp.ones((16, 48)), "out": jnp.ones((16, 16))}
+    params = {"qkv": jnp.ones((16, 48)), "bias": jnp.ones((1, 1, 48)), "out": jnp.ones((16, 16))}
     batch = jnp.ones((8, 64, 16))  # activations: 8 * 64 * 16 = 8192 elements; the fused weight has 768
     mesh = MeshShape(data=2, tensor=4)
     layout = layout_of(_fused_attention, params, batch, mesh, "megatron")
