@@ -1,0 +1,389 @@
+"""What lies in memory while a step runs: intervals of time of the arrays of every body, and their sum at the fullest.
+
+    body = Body(arrays, step, step.table.scope, Where(), scores)
+    arrays.freeze()
+    body.freeze()
+    peak, gathered = body.peak(arrays.split(placement), microbatches, fsdp)
+
+Time counts the equations of a body in the order of the program. A loop is one moment of the body around it, and brings
+the peak of its own body:
+
+    live(t) = sum of bytes / ways of what is made at or before t and read at or after t
+    peak    = max over t of live(t) + peak of the loop that runs at t
+
+The rules, each seen in buffers that XLA assigned (`benchmarks/memory_analytic.py`):
+
+* A fused loop may write over what it reads for the last time; so may a loop's carry.
+* A gradient is counted as it rests, from when it is made to the end, besides whole while it is made outside of loops.
+  With microbatches the sums of gradients are there all the time, and are not counted here: gradients that a loop over
+  layers stacks lie beside them, others are added at once.
+* A weight split over fsdp is gathered where products use it, from the first use to the last: in a loop one layer at a
+  time, elsewhere once for forward and backward pass; what is under a `jax.checkpoint` is gathered again.
+* Copies of weights in another dtype are made as the weights rest: in a loop over layers of all layers at once, before
+  the loop. Where fsdp does not split them, products outside of loops convert what they read without a copy.
+* With microbatches, copies of weights and what the forward pass gathered outside of loops are made once and kept.
+* Lookups along the batch and products of tokens sorted by expert work on the whole batch on every device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.extend.core import Var
+
+from search.attention import axes_key
+from search.fusion import INLINED, Block, Where
+from search.liveness import CHECKPOINTS, Call, Step, bytes_of, calls, dtype_of, itemsize
+from search.shares import Arrays
+from search.stored import PRODUCTS, Stored
+from search.units import Unit, Value
+from sharding_rules.axes import Dims, Scope, loop_parts, shape_of
+
+Floats = npt.NDArray[np.float64]
+VALUE, GRADIENT, GATHERED, COPY, SHARD = range(5)
+"""Kinds of intervals: a value of the step; the gradient of a parameter, at rest; a weight gathered over fsdp; a copy of
+a weight, at rest; the same where it exists only if fsdp splits it."""
+SUM_BYTES = 4
+"""Bytes of an element of summed gradients, at least."""
+
+
+@dataclasses.dataclass
+class Interval:
+    """An array from one time to another, both included.
+
+    Attributes:
+        index: in the arrays of the step.
+        kind: VALUE, GRADIENT, GATHERED, COPY or SHARD.
+        sign: -1 where a loop's carry may be written over.
+        lasting: with microbatches, there all the time.
+    """
+
+    index: int
+    start: int
+    stop: int
+    kind: int
+    sign: float = 1.0
+    lasting: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A value that the backward pass keeps: what it is like, and how many such values a loop has put into it."""
+
+    index: int
+    bytes: float
+    like: Any
+    trips: int
+
+
+class Body:
+    """One body (the whole step, a loop's, a branch): its arrays in time, and the bodies inside it.
+
+    Args:
+        arrays: to which the body adds its own.
+        step: the analysed step.
+        scope: the body.
+        where: as for `search.fusion.Block`.
+        scores: axes of attention's scores, if these are never in memory.
+        call: how the body is called, and in which body; none for the whole step.
+        scale: devices of a `shard_map` around it, whose arrays are shards.
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        step: Step,
+        scope: Scope,
+        where: Where,
+        scores: frozenset[Any] | None,
+        *,
+        call: tuple[Call, Body, Scope] | None = None,
+        scale: int = 1,
+    ):
+        self.step, self.arrays, self.scores, self.scale = step, arrays, scores, scale
+        self.block = Block(step, where, scores)
+        self.intervals: list[Interval] = []
+        self.inner: list[tuple[int, list[Body]]] = []
+        self.copies: dict[tuple[int, Any], int] = {}
+        """Weights converted in a loop's body: (operand of the loop, dtype) -> bytes of all iterations."""
+        self._times: dict[Value, int] = {}
+        self._made: dict[Value, int] = {}
+        self._last: dict[Value, int] = {}
+        self._trips: dict[Value, int] = {}
+        self._scopes: dict[int, Scope] = {}
+        self._checkpointed: set[int] = set()
+        self._nested: list[tuple[int, Scope, int, Where]] = []
+        self._values: dict[int, Value] = {}
+        self._copied: dict[tuple[Value, str, int], list[int]] = {}
+        self._now = self._boundary = 0
+        loop = call[0].loop if call is not None else (0, 0)
+        if call is not None:
+            inner, around, outer = call
+            for position, (var, atom) in enumerate(zip(scope.jaxpr.invars, inner.operands, strict=True)):
+                constant = not around.roots(outer, atom)
+                if constant and not loop[0] <= position < sum(loop):
+                    self.block.roots[(id(scope), var)] = ()
+        units = self.block.run(scope)
+        self._walk(scope, where)
+        stored = Stored(self.block, units[: len(units) - len(self.block.nested)], self._checkpointed)
+        weights = self._use(stored)
+        for unit in self.block.units.units:
+            self._add_whole(unit)
+        for time, around, position, here in self._nested:
+            self._run_inside(time, around, position, here)
+        self._add_weights(scope, weights, loop, whole=call is None)
+        self._add_values(scope, loop, whole=call is None)
+
+    def _walk(self, scope: Scope, where: Where) -> None:
+        """Number the equations in the order of the program, calls that are no loops inlined."""
+        self._scopes[id(scope)] = scope
+        top = scope is self.step.table.scope
+        for position in self.step.flow.live(scope):
+            eqn = scope.jaxpr.eqns[position]
+            here = dataclasses.replace(where, backward=True) if top and position > self.step.flow.boundary else where
+            inner = calls(scope, position)
+            if inner and eqn.primitive.name not in INLINED:
+                checkpoint = here.checkpoint or eqn.primitive.name in CHECKPOINTS
+                if checkpoint:
+                    self._checkpointed.add(id(inner[0].scope))
+                self._walk(inner[0].scope, dataclasses.replace(here, checkpoint=checkpoint))
+                continue
+            self._now += 1
+            if top and position == self.step.flow.boundary:
+                self._boundary = self._now
+            self._times.update({(id(scope), var): self._now for var in eqn.outvars})
+            if inner:
+                self._nested.append((self._now, scope, position, here))
+
+    def roots(self, scope: Scope, atom: Any) -> tuple[Value, ...]:
+        """The values behind an operand; none for a constant."""
+        return self.block.roots.get((id(scope), atom), ()) if isinstance(atom, Var) else ()
+
+    def _use(self, stored: Stored) -> dict[Value, list[tuple[bool, int, str]]]:
+        """When values are made and read for the last time; returns the uses of weights: again, when, by what."""
+        operands = self.block.units.operands
+        weights: dict[Value, list[tuple[bool, int, str]]] = {}
+        for root, unit in stored.groups.items():
+            written = [v for v in stored.written[root] if v in self._times]
+            if not written:
+                continue
+            time = max(self._times[v] for v in written)
+            self._made.update((v, self._times[v]) for v in written)
+            largest = max(operands[v].bytes for v in written)
+            for value in stored.reads[root]:
+                # What a fused loop reads for the last time it may write over.
+                over = unit.kind == "elementwise" and operands[value].bytes <= largest
+                self._last[value] = max(self._last.get(value, 0), time - 1 if over else time)
+                if operands[value].weight and unit.kind != "elementwise":
+                    weights.setdefault(value, []).append((stored.again[root], time, unit.kind))
+        return weights
+
+    def _run_inside(self, time: int, scope: Scope, position: int, where: Where) -> None:
+        """Add the bodies of a loop, and what it reads and makes."""
+        eqn = scope.jaxpr.eqns[position]
+        name = eqn.primitive.name
+        scale = self.scale * (math.prod(eqn.params["mesh"].shape.values()) if name == "shard_map" else 1)
+        trips = where.trips * (eqn.params["length"] if name == "scan" else 1)
+        bodies = []
+        for call in calls(scope, position):
+            begin, carried = call.loop
+            needed = self.step.flow.needed_inputs(call.scope)
+            for i, atom in enumerate(call.operands):
+                for root in self.roots(scope, atom) if needed[i] else ():
+                    over = begin <= i < begin + carried
+                    self._last[root] = max(self._last.get(root, 0), time - 1 if over else time)
+            inside = dataclasses.replace(where, trips=trips)
+            body = Body(self.arrays, self.step, call.scope, inside, self.scores, call=(call, self, scope), scale=scale)
+            bodies.append(body)
+            for (operand, dtype), size in body.copies.items():
+                for root in self.roots(scope, call.operands[operand]):
+                    self._copied.setdefault((root, str(dtype), size), []).append(time)
+        self.inner.append((time, bodies))
+        stacked = range(loop_parts(eqn)[1], len(eqn.outvars)) if name == "scan" else ()
+        for i, var in enumerate(eqn.outvars):
+            self._made[(id(scope), var)] = time
+            self._trips[(id(scope), var)] = shape_of(var)[0] if i in stacked else 1
+
+    def _add_weights(self, scope: Scope, weights: Any, loop: tuple[int, int], *, whole: bool) -> None:
+        """Add weights gathered over fsdp and their copies in another dtype."""
+        operands = self.block.units.operands
+        inputs = {(id(scope), var): i for i, var in enumerate(scope.jaxpr.invars)}
+        for value, uses in weights.items():
+            operand = operands[value]
+            origin = self._copy_of(value)
+            if not operand.bytes or (value in self._made and origin is None):
+                continue
+            for again in {again for again, _, _ in uses}:
+                times = [time for a, time, _ in uses if a == again]
+                index = self._add(operand.bytes, operand.dims)
+                self.intervals.append(Interval(index, min(times), max(times), GATHERED, lasting=whole and not again))
+            if origin is None:
+                continue
+            begin = self._made.pop(value)
+            if sum(loop) and inputs.get(origin, -1) >= sum(loop):
+                trips = self.block.where.trips
+                self.copies[inputs[origin], dtype_of(value[1])] = operand.bytes * trips
+                continue
+            fused = all(kind in PRODUCTS for _, _, kind in uses)
+            index = self._add(operand.bytes, operand.dims)
+            stop = max(time for _, time, _ in uses)
+            self.intervals.append(Interval(index, begin, stop, SHARD if fused else COPY, lasting=whole))
+        for (root, _, size), times in self._copied.items():
+            index = self._add(size, operands[root].dims)
+            self.intervals.append(Interval(index, min(times), max(times), COPY, lasting=whole))
+
+    def _copy_of(self, value: Value) -> Value | None:
+        """The weight that a value is a copy of in another dtype."""
+        units = self.block.units
+        index = units.producer.get(value)
+        if index is None or units.units[index].source.primitive.name != "convert_element_type":
+            return None
+        (origin,) = units.units[index].reads
+        return origin if units.operands[origin].weight and origin not in self._made else None
+
+    def _add_values(self, scope: Scope, loop: tuple[int, int], *, whole: bool) -> None:
+        """Add what the body makes, and what loops in it make."""
+        end = self._now + 1
+        operands, outs = self.block.units.operands, list(scope.jaxpr.outvars)
+        held = {root for atom in (outs[: loop[1]] if sum(loop) else outs) for root in self.roots(scope, atom)}
+        results = len(jax.tree.leaves(self.step.layout.traced.out))
+        gradients = {root for atom in outs[results:] for root in self.roots(scope, atom)} if whole else set()
+        loops = {time for time, _ in self.inner}
+        for value, begin in self._made.items():
+            operand = operands[value]
+            if operand.bytes == 0 or (self.scores is not None and _is_score(operand.dims, self.scores)):
+                continue
+            index = self._add(operand.bytes, operand.dims)
+            self._values[index] = value
+            if value not in gradients:
+                stop = end if value in held else max(self._last.get(value, begin), begin)
+                self.intervals.append(Interval(index, begin, stop, VALUE))
+                continue
+            width = max(1, SUM_BYTES // itemsize(dtype_of(value[1])))
+            self.intervals.append(Interval(self._add(operand.bytes * width, operand.dims), begin, end, GRADIENT))
+            if begin not in loops:
+                self.intervals.append(Interval(index, begin, begin, VALUE))
+        for var in scope.jaxpr.invars[loop[0] : sum(loop)]:
+            value = (id(scope), var)
+            if value in operands and bytes_of(var):
+                index = self._add(bytes_of(var), operands[value].dims)
+                self.intervals.append(Interval(index, self._last.get(value, 0) + 1, end, VALUE, -1.0))
+
+    def _add_whole(self, unit: Unit) -> None:
+        """Add what works on the whole batch on every device: lookups along it, and products of sorted tokens.
+
+        XLA has no partitioned form of either.
+        """
+        eqn = unit.source
+        if unit.kind == "ragged":
+            along = eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+        elif unit.kind == "gather":
+            along = eqn.params["dimension_numbers"].start_index_map
+        elif unit.kind == "scatter" and "dimension_numbers" in eqn.params:
+            along = eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
+        else:
+            return
+        (value,) = unit.writes
+        operand, out = eqn.invars[0], eqn.outvars[0]
+        dims = self._scopes[value[0]].dims
+        if not isinstance(operand, Var) or operand not in dims:
+            return
+        names = self.step.names(dims[operand])
+        if not any(name in self.arrays.batch_rows for d in along for name in names[d]):
+            return
+        for var in (*(v for v in eqn.invars if isinstance(v, Var) and v in dims), out):
+            rows = [[n for n in dim if n not in self.arrays.batch_rows] for dim in self.step.names(dims[var])]
+            index = self.arrays.add(float(bytes_of(var) * self.scale), rows)
+            self.intervals.append(Interval(index, self._times[value], self._times[value], VALUE))
+
+    def _add(self, bytes_: int, dims: Dims) -> int:
+        return self.arrays.add(float(bytes_ * self.scale), self.step.names(dims))
+
+    def kept(self) -> list[Kept]:
+        """What is alive when the forward pass ends and read after it."""
+        out = []
+        for i in self.intervals:
+            if i.kind == VALUE and i.sign > 0 and i.start < self._boundary < i.stop:
+                value = self._values[i.index]
+                bytes_, trips = self.arrays.bytes[i.index], self._trips.get(value, 1)
+                like = (trips > 1, bytes_ / trips, self.step.names(self.block.units.operands[value].dims)[trips > 1 :])
+                out.append(Kept(i.index, bytes_, like, trips))
+        return out
+
+    def freeze(self) -> None:
+        """Turn the intervals into arrays, once all bodies have theirs."""
+        self._index_i = np.array([i.index for i in self.intervals], np.int64)
+        self._start_i = np.array([i.start for i in self.intervals], np.int64)
+        self._stop_i = np.array([max(i.stop, i.start) + 1 for i in self.intervals], np.int64)
+        self._kind_i = np.array([i.kind for i in self.intervals], np.int64)
+        self._sign_i = np.array([i.sign for i in self.intervals], np.float64)
+        self._lasting_i = np.array([i.lasting for i in self.intervals], bool)
+        self._looped_i = np.isin(self._start_i, [time for time, _ in self.inner])
+        self._length = self._now + 3
+        for _, bodies in self.inner:
+            for body in bodies:
+                body.freeze()
+
+    def gradients(self, local_v: Floats) -> float:
+        """Bytes of all gradients at rest on one device, before fsdp splits them."""
+        return float(local_v[self._index_i[self._kind_i == GRADIENT]].sum())
+
+    def peak(self, local_v: Floats, parts_n: Floats, fsdp_n: Floats) -> tuple[Floats, Floats]:
+        """Most bytes alive at once, and those of gathered weights among them.
+
+        Args:
+            local_v: bytes of the step's arrays on one device, for the whole batch.
+            parts_n: microbatches of every candidate.
+            fsdp_n: size of its fsdp axis.
+        """
+        one, several = parts_n <= 1, parts_n > 1
+        live_nt = np.zeros((len(parts_n), self._length))
+        gathered_nt = np.zeros_like(live_nt)
+        shrinks_i = self.arrays.batched_v[self._index_i]
+        kind_i = self._kind_i
+        factors = {
+            VALUE: np.ones_like(parts_n),
+            GATHERED: (fsdp_n > 1).astype(np.float64),
+            COPY: 1 / fsdp_n,
+            SHARD: np.where(fsdp_n > 1, 1 / fsdp_n, 0.0),
+        }
+        for kind, factor_n in factors.items():
+            out_nt = gathered_nt if kind == GATHERED else live_nt
+            mine_i = kind_i == kind
+            self._sum(out_nt, factor_n / parts_n, local_v, mine_i & shrinks_i)
+            self._sum(out_nt, factor_n, local_v, mine_i & ~shrinks_i & ~self._lasting_i)
+            self._sum(out_nt, np.where(one, factor_n, 0.0), local_v, mine_i & self._lasting_i)
+            kept_n = factor_n * local_v[self._index_i[mine_i & self._lasting_i]].sum()
+            out_nt += np.where(several, kept_n, 0.0)[:, None]
+        gradients_i = kind_i == GRADIENT
+        self._sum(live_nt, 1 / fsdp_n, local_v, gradients_i & self._looped_i)
+        self._sum(live_nt, np.where(one, 1 / fsdp_n, 0.0), local_v, gradients_i & ~self._looped_i)
+        rows = np.arange(len(parts_n))
+        for time, bodies in self.inner:
+            peaks, gathered = map(np.stack, zip(*(b.peak(local_v, parts_n, fsdp_n) for b in bodies), strict=True))
+            most = np.argmax(peaks, axis=0)
+            live_nt[:, time] += np.maximum(peaks[most, rows] - gathered[most, rows], 0.0)
+            gathered_nt[:, time] += gathered[most, rows]
+        total_nt = live_nt + gathered_nt
+        fullest = np.argmax(total_nt, axis=1)
+        return total_nt[rows, fullest], gathered_nt[rows, fullest]
+
+    def _sum(self, out_nt: Floats, factor_n: Floats, local_v: Floats, mask_i: Any) -> None:
+        """Add what is alive of some intervals over time, times a factor per candidate."""
+        if not mask_i.any() or not factor_n.any():
+            return
+        change_t = np.zeros(self._length + 1)
+        bytes_i = local_v[self._index_i[mask_i]] * self._sign_i[mask_i]
+        np.add.at(change_t, self._start_i[mask_i], bytes_i)
+        np.add.at(change_t, np.minimum(self._stop_i[mask_i], self._length), -bytes_i)
+        out_nt += factor_n[:, None] * np.cumsum(change_t)[:-1]
+
+
+def _is_score(dims: Dims, scores: frozenset[Any]) -> bool:
+    """Whether an array, or what a loop stacks in it, has the axes of attention's scores."""
+    return axes_key(dims) in scores or (len(dims) > 1 and axes_key(dims[1:]) in scores)
