@@ -68,7 +68,7 @@ def collectives(model: TracedModel, plan: Plan) -> list[Collective]:
         return []
     stage = int(sum(x[:, 2] for x in found.values()).argmax())  # pyright: ignore[reportAttributeAccessIssue]
     rows = [
-        Collective(axes[0], axes, kind, phase, *(float(v) for v in x[stage]), hides)
+        Collective(axes[0], axes, kind, phase, float(x[stage, 0]), float(x[stage, 1]), float(x[stage, 2]), hides)
         for (axes, kind, phase, hides), x in found.items()
         if x[stage, 2] > 0
     ]

@@ -64,11 +64,9 @@ class Explain:
             terminal.json({"plan": planning.plan_record(plan), "collectives": moves, "axes": axes})
             return 0
         from redco_like.cli.tables import collective_table, estimate_table, pairs
-        from redco_like.cli.words import describe
 
-        batch = loaded.spec.global_batch
         terminal.print(loaded.header(estimate.usable_bytes), "")
-        terminal.print(pairs(describe(plan, global_batch=batch, cluster=loaded.cluster)), "")
+        terminal.print(pairs(loaded.words(plan)), "")
         terminal.print(estimate_table(estimate), "")
         terminal.print(pairs([("bound by", estimate.binds)]), "")
         if moves:

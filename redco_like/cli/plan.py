@@ -78,15 +78,19 @@ class Plan:
         return 0 if result.best else 1
 
     def _show(self, terminal: Terminal, loaded: Loaded, result: SearchResult, rows: list[Any]) -> None:
-        from redco_like.cli.tables import pairs, plan_table, plans_that_fit
-        from redco_like.cli.words import describe
+        from redco_like.cli.tables import pairs, plan_table, plans_that_fit, sensitivity_table
 
         best, batch, width = result.best, loaded.spec.global_batch, terminal.out.width
         assert best is not None
         columns = [("1 (best)", best.plan, best.estimate)]
         columns += [(str(i), c.plan, c.estimate) for i, c in enumerate(result.runners_up, 2)]
         terminal.print(loaded.header(best.estimate.usable_bytes), "")
-        terminal.print(plan_table(columns, global_batch=batch, per_second=loaded.per_second, width=width), "")
+        terminal.print(
+            plan_table(
+                columns, global_batch=batch, per_second=loaded.per_second, training=loaded.training, width=width
+            ),
+            "",
+        )
         hidden = len(columns) - plans_that_fit(width, len(columns))
         if hidden:
             terminal.print(f"[dim]{hidden} more in a wider terminal, or with --json[/]\n")
@@ -96,19 +100,22 @@ class Plan:
                     ("bound by", best.estimate.binds),
                     ("proof", result.certificate()),
                     ("interval", _interval(result)),
-                    *(("" if i else "if", text) for i, text in enumerate(_sensitivity_lines(rows))),
                 ]
             ),
             "",
         )
-        terminal.print(pairs(describe(best.plan, global_batch=batch, cluster=loaded.cluster)), "")
-        terminal.line(self._next())
+        if rows:
+            terminal.print(sensitivity_table(rows), "")
+        terminal.print(pairs(loaded.words(best.plan)), "")
+        terminal.line(self._next(loaded, result))
 
-    def _next(self) -> str:
+    def _next(self, loaded: Loaded, result: SearchResult) -> str:
         if self.output.out is None:
             return "next: the same with --out plan.json, then redco-like explain plan.json"
         name = shlex.quote(str(self.output.out))
-        return f'next: redco-like explain {name}    or in Python: Trainer(..., plan="{self.output.out}")'
+        runs = loaded.training and not result.plan.planned  # type: ignore[union-attr]
+        trainer = f'    or in Python: Trainer(..., plan="{self.output.out}")' if runs else ""
+        return f"next: redco-like explain {name}{trainer}"
 
 
 def _interval(result: SearchResult) -> str:
@@ -122,16 +129,6 @@ def _interval(result: SearchResult) -> str:
         return text
     listed = f"plans 2 to {rivals[-1]}" if len(rivals) > 1 else "plan 2"
     return f"{text}; {listed} could be as fast"
-
-
-def _sensitivity_lines(rows: list[Any]) -> list[str]:
-    from redco_like.cli.units import seconds
-
-    return [
-        f"{row.constant} {row.change}: {seconds(row.seconds[0])} per step, "
-        + ("plan 1 stays the best" if row.wins == 0 else f"plan {row.wins + 1} wins with {seconds(min(row.seconds))}")
-        for row in rows
-    ]
 
 
 def _record(loaded: Loaded, result: SearchResult, rows: list[Any]) -> dict[str, Any]:

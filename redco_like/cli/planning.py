@@ -11,12 +11,14 @@ from redco_like.cli import units
 from redco_like.cli.options import SearchOptions
 from redco_like.cli.tables import pairs
 from redco_like.cli.terminal import UsageError, bad_input
+from redco_like.cli.words import describe
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from redco_like.problem import ModelProblem
     from search import Cluster, Plan, Space, TracedModel
+    from search.plan import Remat
     from search.solver import SearchResult
     from sharding_rules import Layout
 
@@ -35,20 +37,37 @@ class Loaded:
     model: TracedModel
 
     @property
+    def training(self) -> bool:
+        return self.record["task"] == "train"
+
+    @property
     def per_second(self) -> str:
         """What `Estimate.tokens_per_second` counts."""
         return "examples/s" if self.spec.seq_len is None else "tokens/s"
 
+    def words(self, plan: Plan) -> list[tuple[str, str]]:
+        """The plan in words."""
+        batch = self.spec.global_batch
+        return describe(plan, global_batch=batch, cluster=self.cluster, training=self.training)
+
     def header(self, usable_bytes: float) -> Table:
         """Lines on what is planned and for what."""
         spec, cluster, chip = self.spec, self.cluster, self.cluster.accelerator
-        dtype = self.model.dtypes["compute_dtype"]
-        optimizer = "its own optimizer" if spec.source == "run file" else self.record["optimizer"]
-        tokens = (
-            f" of {spec.seq_len:,} tokens, {units.many(spec.global_batch * spec.seq_len)} tokens"
-            if spec.seq_len
-            else ""
-        )
+        dtypes = self.model.dtypes
+        dtype = dtypes["compute_dtype"]
+        parameters = f"{units.many(spec.parameters)} parameters in {dtypes['param_dtype']}, computed in {dtype}"
+        batch = f"{units.count(spec.global_batch)} examples"
+        if spec.seq_len:
+            batch += f" of {units.count(spec.seq_len)} tokens"
+        if spec.task == "train":
+            parameters += ", " + ("its own optimizer" if spec.source == "run file" else self.record["optimizer"])
+            batch += (
+                f", {units.many(spec.global_batch * spec.seq_len)} tokens per step" if spec.seq_len else " per step"
+            )
+        elif spec.task == "prefill":
+            batch += ", prefill: the whole prompts in one step"
+        else:
+            batch += ", decode: one token of each per step, after a cache of the others"
         links = f"torus {'x'.join(map(str, cluster.torus.dims))}" if cluster.torus else ""
         if cluster.nodes > 1:
             links = f"{cluster.nodes:,} {'slices' if cluster.torus else 'nodes'}" + (f" of {links}" if links else "")
@@ -58,12 +77,8 @@ class Loaded:
             peak = f"no peak known for {dtype}"
         return pairs(
             [
-                (
-                    "model",
-                    f"{spec.name}: {units.many(spec.parameters)} parameters in {self.record['param_dtype']}, "
-                    f"{optimizer}, computed in {dtype}",
-                ),
-                ("batch", f"{spec.global_batch:,} examples{tokens} per step"),
+                ("model", f"{spec.name}: {parameters}"),
+                ("batch", batch),
                 ("cluster", f"{cluster.name}: {cluster.devices:,} x {chip.name}{f', {links}' if links else ''}"),
                 (
                     "each",
@@ -92,21 +107,29 @@ def load(record: Mapping[str, Any], tell: Callable[[str], None]) -> Loaded:
     from search import TracedModel
 
     with bad_input():
-        names = ("seq_len", "global_batch", "optimizer", "dtype", "param_dtype", "task")
-        spec = load_problem(record["model"], **{name: record.get(name) for name in names})
+        spec = load_problem(
+            record["model"],
+            seq_len=record.get("seq_len"),
+            global_batch=record.get("global_batch"),
+            optimizer=record["optimizer"],
+            dtype=record["dtype"],
+            param_dtype=record["param_dtype"],
+            task=record["task"],
+        )
     tell("reading its operations")
     attention = record.get("attention")
     training = record["task"] == "train"
+    remats: tuple[Remat, ...] = ("none", "dots", "full") if training else ("none",)
     model = TracedModel(
         spec.traced,
         spec.opt_state,
         cluster,
         param_dtype=record["param_dtype"] if training else record["dtype"],
         fused_attention=spec.fused_attention if attention is None else attention == "fused",
+        remats=remats,
         training=training,
-        **({} if training else {"remats": ("none",)}),
     )
-    sizes = {"global_batch": spec.global_batch}
+    sizes: dict[str, Any] = {"global_batch": spec.global_batch}
     if spec.source != "run file":  # whose batch has its own lengths
         sizes["seq_len"] = spec.seq_len
     return Loaded({**record, **sizes}, spec, cluster, model)
@@ -119,8 +142,8 @@ def make_space(loaded: Loaded, options: SearchOptions) -> Space:
         UsageError: a key that there is not, sizes that do not divide the devices, ...
     """
     from search import Space
+    from search.space import HEADROOM
 
-    share = {} if options.memory_share is None else {"memory_share": options.memory_share}
     with bad_input():
         return Space(
             loaded.model,
@@ -129,7 +152,7 @@ def make_space(loaded: Loaded, options: SearchOptions) -> Space:
             forbid=options.forbidden,
             allow_planned=options.allow_planned,
             max_microbatch=options.max_microbatch,
-            **share,
+            memory_share=HEADROOM if options.memory_share is None else options.memory_share,
         )
 
 

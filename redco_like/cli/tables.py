@@ -12,7 +12,7 @@ from redco_like.cli import units
 
 if TYPE_CHECKING:
     from redco_like.cli.collectives import Collective
-    from search import Estimate, Plan
+    from search import Estimate, Plan, Sensitivity
 
 LABEL_WIDTH, PLAN_WIDTH = 18, 13
 MEMORY_PARTS = ("params", "gradients", "optimizer", "activations", "transient")
@@ -28,6 +28,7 @@ def plan_table(
     *,
     global_batch: int | None = None,
     per_second: str = "tokens/s",
+    training: bool = True,
     width: int = 120,
 ) -> Table:
     """Plans side by side: what they are, their seconds and their bytes. Rows that are zero everywhere are left out.
@@ -36,6 +37,7 @@ def plan_table(
         plans: (heading, plan, estimate), the one that others are compared with first.
         global_batch: examples per step.
         per_second: what `Estimate.tokens_per_second` counts.
+        training: whether there is a backward pass.
         width: characters; plans that do not fit are left out.
     """
     plans = plans[: plans_that_fit(width, len(plans))]
@@ -47,9 +49,9 @@ def plan_table(
             heading, justify="right", min_width=PLAN_WIDTH - 1, max_width=PLAN_WIDTH, style="green" if i == 0 else ""
         )
 
-    def row(name: str, cell: Callable[[Plan, Estimate], str], style: str = "", always: bool = False) -> None:
+    def row(name: str, cell: Callable[[Plan, Estimate], str], style: str = "") -> None:
         cells = [cell(plan, estimate) for _, plan, estimate in plans]
-        if always or any(text not in ("", "0", "0 s", "-", "0 %") for text in cells):
+        if any(text not in ("", "0", "0 s", "-", "0 %") for text in cells):
             table.add_row(Text(name, style="dim" if name.startswith(" ") else ""), *cells, style=style)
 
     best = plans[0][2].seconds_per_step
@@ -62,13 +64,11 @@ def plan_table(
     row("ZeRO-1", lambda p, _: "yes" if p.optimizer_sharding else "-")
     row("params gathered", lambda p, _: "once" if p.mesh.fsdp > 1 and not p.regather else "-")
     row("microbatches x ex." if global_batch else "microbatches", lambda p, _: _microbatches(p, global_batch))
-    row("remat", lambda p, _: p.remat, always=True)
+    if training:
+        row("remat", lambda p, _: p.remat)
     table.add_section()
     row("step time", lambda _, e: units.seconds(e.seconds_per_step, 4), style="bold")
-    row(
-        "  slower by",
-        lambda _, e: f"+{units.percent(e.seconds_per_step / best - 1)}" if e.seconds_per_step > best else "-",
-    )
+    row("  slower by", lambda _, e: _slower(e.seconds_per_step / best - 1))
     row(per_second, lambda _, e: units.count(e.tokens_per_second))
     row("MFU", lambda _, e: units.percent(e.mfu))
     for part in _parts(plans):
@@ -126,6 +126,24 @@ def estimate_table(estimate: Estimate) -> Table:
     return table
 
 
+def sensitivity_table(rows: Sequence[Sensitivity]) -> Table:
+    """Step time of the best plan where a constant of the estimate is off, and who wins then."""
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("step time with")
+    factors = list(dict.fromkeys(row.factor for row in rows))
+    for factor in factors:
+        table.add_column(f"{'+' if factor > 1 else '-'}{100 * abs(factor - 1):.0f} %")
+    for constant in dict.fromkeys(row.constant for row in rows):
+        cells = {row.factor: _outcome(row) for row in rows if row.constant == constant}
+        table.add_row(constant, *(cells.get(factor, "") for factor in factors))
+    return table
+
+
+def _outcome(row: Sensitivity) -> str:
+    text = units.seconds(row.seconds[0])
+    return text if row.winner == 0 else f"{text}; plan {row.winner + 1} wins, {units.seconds(row.seconds[row.winner])}"
+
+
 def collective_table(rows: Sequence[Collective], estimate: Estimate) -> Table:
     """Collectives by mesh axis, with how much of each axis nothing hides."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
@@ -163,6 +181,10 @@ def collective_table(rows: Sequence[Collective], estimate: Estimate) -> Table:
             style="bold",
         )
     return table
+
+
+def _slower(share: float) -> str:
+    return "-" if abs(share) < 5e-5 else f"{'+' if share > 0 else '-'}{units.percent(abs(share))}"
 
 
 def _parts(plans: Sequence[tuple[str, Plan, Estimate]]) -> list[str]:

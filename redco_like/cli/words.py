@@ -15,6 +15,10 @@ AXES = {
     "context": "hold different tokens of the same examples; attention gathers keys and values",
     "tensor": "share each product (heads, MLP, vocabulary) and sum its results",
 }
+INFERENCE = {
+    "data": "hold different examples",
+    "fsdp": "hold different examples and a share of every parameter, gathered for use",
+}
 REMAT = {
     "none": "nothing is recomputed in the backward pass",
     "dots": "matrix products are kept, the rest is recomputed in the backward pass",
@@ -24,20 +28,23 @@ SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "interleaved 1F1B"
 OFFLOAD = {"optimizer": "the optimizer's state", "activations": "saved activations", "params": "parameters"}
 
 
-def describe(plan: Plan, *, global_batch: int | None = None, cluster: Cluster | None = None) -> list[tuple[str, str]]:
+def describe(
+    plan: Plan, *, global_batch: int | None = None, cluster: Cluster | None = None, training: bool = True
+) -> list[tuple[str, str]]:
     """What a plan does, as lines of a name and a text.
 
     Args:
         plan: what to describe.
         global_batch: examples per step, for the size of microbatches.
         cluster: for the links that each mesh axis talks over.
+        training: whether there are gradients.
     """
     lines = []
     places = links(plan, cluster) if cluster else {}
     for axis, size in plan.mesh.sizes.items():
         if size == 1:
             continue
-        text = AXES[axis]
+        text = AXES[axis] if training else INFERENCE.get(axis, AXES[axis])
         if axis == "tensor" and "sequence" in plan.preset.split("+"):
             text += "; between blocks they share the tokens (sequence parallelism)"
         if axis == "stage":
@@ -51,8 +58,9 @@ def describe(plan: Plan, *, global_batch: int | None = None, cluster: Cluster | 
         lines.append((f"{axis} {size}", f"{size} devices {text}" + (f" [{places[axis]}]" if axis in places else "")))
     if plan.mesh.size == 1:
         lines.append(("one device", "no array is split"))
-    lines.append(("microbatches", _microbatches(plan, global_batch)))
-    lines.append((f"remat {plan.remat}", REMAT[plan.remat]))
+    lines.append(("microbatches", _microbatches(plan, global_batch, training)))
+    if training:
+        lines.append((f"remat {plan.remat}", REMAT[plan.remat]))
     if plan.offload:
         lines.append(("offload", f"{' and '.join(OFFLOAD[x] for x in plan.offload)} wait in the host's memory"))
     if plan.rules:
@@ -62,12 +70,13 @@ def describe(plan: Plan, *, global_batch: int | None = None, cluster: Cluster | 
     return lines
 
 
-def _microbatches(plan: Plan, global_batch: int | None) -> str:
+def _microbatches(plan: Plan, global_batch: int | None, training: bool) -> str:
     shards = plan.mesh.batch_shards
     rows = f" of {global_batch // (shards * plan.microbatches):,} examples per device" if global_batch else ""
     if plan.microbatches == 1:
         return f"none: the whole batch at once,{rows.removeprefix(' of')}" if rows else "none: the whole batch at once"
-    return f"{plan.microbatches}{rows}, one after the other; their gradients are summed"
+    gradients = "; their gradients are summed" if training else ""
+    return f"{plan.microbatches}{rows}, one after the other{gradients}"
 
 
 def links(plan: Plan, cluster: Cluster) -> dict[str, str]:
