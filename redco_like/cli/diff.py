@@ -38,7 +38,8 @@ class Diff:
         fields = a.diff(b)
         # What a plan was made for and why it was taken are no difference in what it does.
         fields.pop("reason", None)
-        estimated = [(str(path), plan, plan.estimate) for path, plan in ((self.a, a), (self.b, b)) if plan.estimate]
+        names = [str(path) if self.a.name == self.b.name else path.name for path in (self.a, self.b)]
+        estimated = [(name, plan, plan.estimate) for name, plan in zip(names, (a, b), strict=True) if plan.estimate]
         if self.json:
             terminal.json(
                 {
@@ -50,7 +51,7 @@ class Diff:
             )
             return 1 if fields else 0
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-        for name in ("", str(self.a), str(self.b)):
+        for name in ("", *names):
             table.add_column(name, overflow="fold")
         for name, pair in fields.items():
             table.add_row(name, *(str(_plain(value)) for value in pair))
@@ -62,7 +63,8 @@ class Diff:
         if not fields:
             terminal.print("The plans are the same.")
         if len(estimated) == 2:
-            terminal.print("", plan_table([*estimated], width=terminal.out.width))  # type: ignore[list-item]
+            per_second = "tokens/s" if a.problem.get("seq_len") else "per second"
+            terminal.print("", plan_table(estimated, per_second=per_second, width=terminal.out.width))
         else:
             terminal.print("[dim]No estimates to compare: a plan of redco-like plan --out has one.[/]")
         return 1 if fields else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +74,7 @@ class Loaded:
         if cluster.nodes > 1:
             links = f"{cluster.nodes:,} {'slices' if cluster.torus else 'nodes'}" + (f" of {links}" if links else "")
         try:
-            peak = f"{units.many(chip.flops(dtype))}FLOP/s {dtype}"
+            peak = f"{units.flops(chip.flops(dtype))} in {dtype}"
         except ValueError:
             peak = f"no peak known for {dtype}"
         return pairs(
@@ -106,7 +108,8 @@ def load(record: Mapping[str, Any], tell: Callable[[str], None]) -> Loaded:
     from redco_like.problem import load_problem
     from search import TracedModel
 
-    with bad_input():
+    # What a run file prints does not belong among our results.
+    with bad_input(), contextlib.redirect_stdout(sys.stderr):
         spec = load_problem(
             record["model"],
             seq_len=record.get("seq_len"),

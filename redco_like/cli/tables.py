@@ -46,7 +46,12 @@ def plan_table(
     table.add_column(labels.get("seconds", ""), width=LABEL_WIDTH, no_wrap=True, header_style="dim")
     for i, (heading, _, _) in enumerate(plans):
         table.add_column(
-            heading, justify="right", min_width=PLAN_WIDTH - 1, max_width=PLAN_WIDTH, style="green" if i == 0 else ""
+            heading,
+            justify="right",
+            overflow="fold",
+            min_width=PLAN_WIDTH - 1,
+            max_width=PLAN_WIDTH,
+            style="green" if i == 0 else "",
         )
 
     def row(name: str, cell: Callable[[Plan, Estimate], str], style: str = "") -> None:
@@ -68,7 +73,7 @@ def plan_table(
         row("remat", lambda p, _: p.remat)
     table.add_section()
     row("step time", lambda _, e: units.seconds(e.seconds_per_step, 4), style="bold")
-    row("  slower by", lambda _, e: _slower(e.seconds_per_step / best - 1))
+    row("  vs first", lambda _, e: _slower(e.seconds_per_step / best - 1))
     row(per_second, lambda _, e: units.count(e.tokens_per_second))
     row("MFU", lambda _, e: units.percent(e.mfu))
     for part in _parts(plans):

@@ -66,6 +66,16 @@ def many(value: float) -> str:
     return f"{value:.0f}"
 
 
+def flops(value: float) -> str:
+    """Floating point operations per second.
+
+    >>> flops(989e12), flops(1.7e11)
+    ('989 TFLOP/s', '170 GFLOP/s')
+    """
+    number, _, unit = many(value).partition(" ")
+    return f"{number} {'G' if unit == 'B' else unit}FLOP/s"
+
+
 def _significant(value: float, digits: int) -> str:
     places = max(0, digits - len(str(int(value)))) if value >= 1 else digits - 1
     return f"{value:,.{places}f}"

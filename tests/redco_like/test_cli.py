@@ -6,12 +6,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
+from rich.console import Console
 
-from redco_like.cli import main, units
+from redco_like.cli import main, terminal, units
 from redco_like.cli.options import SearchOptions
-from redco_like.cli.terminal import UsageError
+from redco_like.cli.terminal import Terminal, UsageError
 from redco_like.cli.words import describe, links
 from search import Estimate, Plan, parse_cluster
 from sharding_rules import MeshShape
@@ -207,6 +209,63 @@ def test_nothing_fits_says_what_would_and_exits_1(run, run_file, tmp_path):
     assert set(record) == KEYS
     assert (record["fits"], record["plan"], record["estimate"]) == (False, None, None)
     assert record["advice"]
+
+
+def test_what_a_run_file_prints_is_kept_out_of_the_json(run, tmp_path):
+    path = write(tmp_path, "talks.py", RUN_FILE + "\nprint('hello')\n")
+    code, out, err = run("plan", "--model", path, "--cluster", "8xH100", "--json")
+    assert code == 0
+    assert json.loads(out)["fits"]
+    assert err == "hello\n"
+
+
+def test_config_of_hugging_face(run, tmp_path):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    path = write(tmp_path, "config.json", json.dumps(config))
+    args = ("--cluster", "8xH100", "--seq-len", 64, "--global-batch", 16, "--runners-up", 0)
+    code, text, _ = run("plan", "--model", path, *args)
+    assert code == 0
+    assert "64 tokens" in text
+    code, text, _ = run("plan", "--model", path, *args, "--task", "decode")
+    assert code == 0
+    assert "decode" in text
+    assert "adamw" not in text
+    path.write_text(json.dumps({"model_type": "perceiver"}))
+    code, out, err = run("plan", "--model", path, *args)
+    assert (code, out) == (2, "")
+    assert "perceiver" in err
+
+
+def test_progress_is_on_stderr_and_leaves_stdout_alone(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "WAIT_SECONDS", 0.0)
+    shown = Terminal(Console(file=sys.stdout), Console(file=sys.stderr, force_terminal=True))
+    with shown.progress("reading a model") as tell:
+        time.sleep(0.2)
+        tell("searching")
+        time.sleep(0.2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "reading a model" in err
+    assert "searching" in err
+    assert "0:00:00" in err
+
+
+def test_time_limit_says_how_far_the_plan_may_be(run, run_file):
+    code, out, _ = run("plan", "--model", run_file, "--cluster", "8xH100", "--time-limit", 0, "--json")
+    certificate = json.loads(out)["certificate"]
+    assert code == 0
+    assert 0 <= certificate["gap"] < 1
 
 
 def test_architecture_by_name(run):
