@@ -25,6 +25,7 @@ import numpy.typing as npt
 from search.attention import score_keys
 from search.fusion import Where
 from search.liveness import Remat, Step, analyse_step
+from search.regions import count_layers
 from search.resident import Body, Kept
 from search.shares import Arrays, LayoutSplits, Splits, splits_of
 from sharding_rules import Layout, TracedFunction
@@ -92,9 +93,12 @@ class ActivationMemory:
         self._steps = dict(steps or {})
         self._batch_rows = frozenset(row.name for row in layout.rows.rows if row.role == "batch")
         self._programs: dict[str, _Program] = {}
+        layers = count_layers(layout)
         for remat in remats:
             step = self._steps.get(remat) or analyse_step(traced, remat=remat, params=layout.params)
-            self._programs[remat] = _Program(step, self.row_names, self._batch_rows, fused_attention)
+            self._programs[remat] = _Program(
+                step, self.row_names, self._batch_rows, layers=layers, fused_attention=fused_attention
+            )
 
     def bytes(self, place: Splits, remat: str, microbatches: Any = 1, fsdp: Any = 1) -> ActivationBytes:
         """Bytes of candidates of one placement with one rematerialisation.
@@ -112,13 +116,14 @@ class ActivationMemory:
 class _Program:
     """One rematerialisation: what is kept, and the bodies with what is alive in them."""
 
-    def __init__(self, step: Step, rows: Sequence[str], batch_rows: frozenset[str], fused_attention: bool):
+    def __init__(
+        self, step: Step, rows: Sequence[str], batch_rows: frozenset[str], *, layers: int, fused_attention: bool
+    ):
         self.arrays = Arrays(rows, batch_rows)
         scores = score_keys(step) if fused_attention else None
         self.body = Body(self.arrays, step, step.table.scope, Where(), scores)
         kept = self.body.kept()
         counts = _counts(kept)
-        layers = _repeats(kept, counts)
         self._kept = [k.index for k in kept]
         self._in_layers = np.array([layers > 1 and n % layers == 0 for n in counts], bool)
         self.arrays.freeze()
@@ -149,15 +154,6 @@ def _counts(kept: Sequence[Kept]) -> list[int]:
     for k in kept:
         total[k.like] = total.get(k.like, 0) + k.trips
     return [total[k.like] for k in kept]
-
-
-def _repeats(kept: Sequence[Kept], counts: Sequence[int]) -> int:
-    """The number of layers: the count that most of the bytes of what is kept have."""
-    weight: dict[int, float] = {}
-    for k, count in zip(kept, counts, strict=True):
-        weight[count] = weight.get(count, 0.0) + k.bytes
-    weight.pop(1, None)
-    return max(weight, key=lambda n: (weight[n], -n), default=1)
 
 
 # By hand, of one layout: what `search.auto` takes.

@@ -13,7 +13,7 @@ the peak of its own body:
 
 The rules, each seen in buffers that XLA assigned (`benchmarks/memory_analytic.py`):
 
-* A fused loop may write over what it reads for the last time; so may a loop's carry.
+* A loop writes over its carry. Fused loops have results of their own, also where an operand is read for the last time.
 * A gradient is counted as it rests, from when it is made to the end, besides whole while it is made outside of loops.
   With microbatches the sums of gradients are there all the time, and are not counted here: gradients that a loop over
   layers stacks lie beside them, others are added at once.
@@ -174,11 +174,8 @@ class Body:
                 continue
             time = max(self._times[v] for v in written)
             self._made.update((v, self._times[v]) for v in written)
-            largest = max(operands[v].bytes for v in written)
             for value in stored.reads[root]:
-                # What a fused loop reads for the last time it may write over.
-                over = unit.kind == "elementwise" and operands[value].bytes <= largest
-                self._last[value] = max(self._last.get(value, 0), time - 1 if over else time)
+                self._last[value] = max(self._last.get(value, 0), time)
                 if operands[value].weight and unit.kind != "elementwise":
                     weights.setdefault(value, []).append((stored.again[root], time, unit.kind))
         return weights
@@ -262,7 +259,9 @@ class Body:
             self._values[index] = value
             if value not in gradients:
                 stop = end if value in held else max(self._last.get(value, begin), begin)
-                self.intervals.append(Interval(index, begin, stop, VALUE))
+                # What a loop stacks of its weights rests as they do.
+                kind = COPY if operand.weight and begin in loops else VALUE
+                self.intervals.append(Interval(index, begin, stop, kind))
                 continue
             width = max(1, SUM_BYTES // itemsize(dtype_of(value[1])))
             self.intervals.append(Interval(self._add(operand.bytes * width, operand.dims), begin, end, GRADIENT))
