@@ -45,8 +45,8 @@ def gpt2(embed: int, layers: int, heads: int, **changes: Any) -> ModelConfig:
     )
 
 
-def gpt_neox(embed: int, layers: int, heads: int, *, vocab: int = 50304, **changes: Any) -> ModelConfig:
-    sizes = dict(vocab=vocab, embed=embed, layers=layers, heads=heads, mlp=4 * embed, max_length=2048, tied=False)
+def gpt_neox(embed: int, layers: int, heads: int, **changes: Any) -> ModelConfig:
+    sizes = dict(vocab=50304, embed=embed, layers=layers, heads=heads, mlp=4 * embed, max_length=2048, tied=False)
     form = dict(block="parallel", position="rotary", rotary_dim=embed // heads // 4, activation="gelu")
     biases = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
     return ModelConfig(**{**dict(family="gpt_neox", kind="decoder"), **sizes, **form, **biases, **changes})
