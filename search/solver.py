@@ -99,6 +99,7 @@ class _Search:
         self.illegal: dict[str, str] = {}
         self.candidates = self.evaluated = self.placements = 0
         self.checked: set[Any] = set()
+        self._counted: dict[int, tuple[Columns, np.ndarray]] = {}
 
     def place(self, inner: Inner) -> tuple[Placement, Columns] | None:
         """A legal placement with its candidates, if it has any."""
@@ -120,6 +121,13 @@ class _Search:
     def bytes(self, place: Placement, columns: Columns) -> np.ndarray:
         """Bytes per device."""
         return sum(memory_parts(self.model, place, columns).values(), start=np.zeros(len(columns)))
+
+    def leaf_bytes(self, leaf: _Leaf) -> float:
+        """Bytes per device of a candidate; those beside it are counted with it."""
+        key = id(leaf.columns)
+        if key not in self._counted:
+            self._counted[key] = leaf.columns, self.bytes(leaf.place, leaf.columns)
+        return float(self._counted[key][1][leaf.row])
 
     def seconds(self, place: Placement, columns: Columns, *, exact: bool) -> StepSeconds:
         saved = saved_bytes(self.model, place, columns)
@@ -172,7 +180,7 @@ def solve(
                 heapq.heappush(heap, (item[0], item[1], next(tie), item[2]))
             continue
         search.checked.add((id(node.place), int(node.columns.remat[node.row])))
-        if search.bytes(node.place, node.columns.take(node.row))[0] <= search.budget:
+        if search.leaf_bytes(node) <= search.budget:
             if not found:
                 bound = min(bound, seconds)
             found.append(search.costed(node))
