@@ -315,22 +315,29 @@ class Body:
         return out
 
     def freeze(self) -> None:
-        """Turn the intervals into arrays, once all bodies have theirs."""
-        self._index_i = np.array([i.index for i in self.intervals], np.int64)
-        self._start_i = np.array([i.start for i in self.intervals], np.int64)
-        self._stop_i = np.array([max(i.stop, i.start) + 1 for i in self.intervals], np.int64)
-        self._kind_i = np.array([i.kind for i in self.intervals], np.int64)
-        self._sign_i = np.array([i.sign for i in self.intervals], np.float64)
-        self._lasting_i = np.array([i.lasting for i in self.intervals], bool)
-        self._looped_i = np.isin(self._start_i, [time for time, _ in self.inner])
+        """Sort the intervals by what their bytes are multiplied with, once all bodies have theirs."""
         self._length = self._now + 3
+        loops = {time for time, _ in self.inner}
+        groups: dict[tuple[int, bool, bool], list[Interval]] = {}
+        for i in self.intervals:
+            special = i.start in loops if i.kind == GRADIENT else i.lasting
+            groups.setdefault((i.kind, bool(self.arrays.batched_v[i.index]), special), []).append(i)
+        self._groups = [
+            (
+                key,
+                np.array([i.index for i in group], np.int64),
+                np.array([i.sign for i in group], np.float64),
+                np.array([[i.start for i in group], [max(i.stop, i.start) + 1 for i in group]], np.int64),
+            )
+            for key, group in groups.items()
+        ]
         for _, bodies in self.inner:
             for body in bodies:
                 body.freeze()
 
     def gradients(self, local_v: Floats) -> float:
         """Bytes of all gradients at rest on one device, before fsdp splits them."""
-        return float(local_v[self._index_i[self._kind_i == GRADIENT]].sum())
+        return float(sum(local_v[index_i].sum() for (kind, _, _), index_i, _, _ in self._groups if kind == GRADIENT))
 
     def peak(self, local_v: Floats, parts_n: Floats, fsdp_n: Floats) -> tuple[Floats, Floats]:
         """Most bytes alive at once, and those of gathered weights among them.
@@ -340,47 +347,46 @@ class Body:
             parts_n: microbatches of every candidate.
             fsdp_n: size of its fsdp axis.
         """
-        one, several = parts_n <= 1, parts_n > 1
-        live_nt = np.zeros((len(parts_n), self._length))
-        gathered_nt = np.zeros_like(live_nt)
-        shrinks_i = self.arrays.batched_v[self._index_i]
-        kind_i = self._kind_i
-        factors = {
-            VALUE: np.ones_like(parts_n),
-            GATHERED: (fsdp_n > 1).astype(np.float64),
-            COPY: 1 / fsdp_n,
-            SHARD: np.where(fsdp_n > 1, 1 / fsdp_n, 0.0),
-        }
-        for kind, factor_n in factors.items():
-            out_nt = gathered_nt if kind == GATHERED else live_nt
-            mine_i = kind_i == kind
-            self._sum(out_nt, factor_n / parts_n, local_v, mine_i & shrinks_i)
-            self._sum(out_nt, factor_n, local_v, mine_i & ~shrinks_i & ~self._lasting_i)
-            self._sum(out_nt, np.where(one, factor_n, 0.0), local_v, mine_i & self._lasting_i)
-            kept_n = factor_n * local_v[self._index_i[mine_i & self._lasting_i]].sum()
-            out_nt += np.where(several, kept_n, 0.0)[:, None]
-        gradients_i = kind_i == GRADIENT
-        self._sum(live_nt, 1 / fsdp_n, local_v, gradients_i & self._looped_i)
-        self._sum(live_nt, np.where(one, 1 / fsdp_n, 0.0), local_v, gradients_i & ~self._looped_i)
+        lines, factors, gathers = [np.zeros(self._length)], [np.zeros_like(parts_n)], [False]
+        for key, index_i, sign_i, span_2i in self._groups:
+            bytes_i = local_v[index_i] * sign_i
+            change_t = np.bincount(span_2i.ravel(), np.concatenate([bytes_i, -bytes_i]), self._length + 1)
+            line_t = np.cumsum(change_t[: self._length])
+            lines += [line_t, np.full(self._length, bytes_i.sum())]
+            factors += self._factors(*key, parts_n, fsdp_n)
+            gathers += [key[0] == GATHERED] * 2
+        lines_gt, factors_ng, gathers_g = np.stack(lines), np.stack(factors, axis=1), np.array(gathers)
+        total_nt = factors_ng @ lines_gt
         rows = np.arange(len(parts_n))
+        inside_nt: dict[int, Floats] = {}
         for time, bodies in self.inner:
             peaks, gathered = map(np.stack, zip(*(b.peak(local_v, parts_n, fsdp_n) for b in bodies), strict=True))
             most = np.argmax(peaks, axis=0)
-            live_nt[:, time] += np.maximum(peaks[most, rows] - gathered[most, rows], 0.0)
-            gathered_nt[:, time] += gathered[most, rows]
-        total_nt = live_nt + gathered_nt
+            total_nt[:, time] += peaks[most, rows]
+            inside_nt[time] = gathered[most, rows]
         fullest = np.argmax(total_nt, axis=1)
-        return total_nt[rows, fullest], gathered_nt[rows, fullest]
+        gathered_n = (factors_ng * gathers_g * lines_gt[:, fullest].T).sum(1)
+        for time, inside_n in inside_nt.items():
+            gathered_n += np.where(fullest == time, inside_n, 0.0)
+        return total_nt[rows, fullest], gathered_n
 
-    def _sum(self, out_nt: Floats, factor_n: Floats, local_v: Floats, mask_i: Any) -> None:
-        """Add what is alive of some intervals over time, times a factor per candidate."""
-        if not mask_i.any() or not factor_n.any():
-            return
-        change_t = np.zeros(self._length + 1)
-        bytes_i = local_v[self._index_i[mask_i]] * self._sign_i[mask_i]
-        np.add.at(change_t, self._start_i[mask_i], bytes_i)
-        np.add.at(change_t, np.minimum(self._stop_i[mask_i], self._length), -bytes_i)
-        out_nt += factor_n[:, None] * np.cumsum(change_t)[:-1]
+    @staticmethod
+    def _factors(kind: int, shrinks: bool, special: bool, parts_n: Floats, fsdp_n: Floats) -> list[Floats]:
+        """What the bytes of intervals count while they last, and what they count all the time."""
+        split_n = fsdp_n > 1
+        rest_n = {
+            VALUE: np.ones_like(parts_n),
+            GRADIENT: 1 / fsdp_n,
+            GATHERED: split_n.astype(np.float64),
+            COPY: 1 / fsdp_n,
+            SHARD: np.where(split_n, 1 / fsdp_n, 0.0),
+        }[kind] / (parts_n if shrinks else 1.0)
+        never_n, one = np.zeros_like(parts_n), parts_n <= 1
+        if kind == GRADIENT:
+            return [rest_n if special else np.where(one, rest_n, 0.0), never_n]
+        if special:
+            return [np.where(one, rest_n, 0.0), np.where(one, 0.0, rest_n)]
+        return [rest_n, never_n]
 
 
 def _is_score(dims: Dims, scores: frozenset[Any]) -> bool:
