@@ -81,8 +81,13 @@ def memory_parts(model: Model, place: Placement, columns: Columns) -> dict[str, 
                 "gradients": gradients,
                 "optimizer": state * (0.0 if "optimizer" in variant.offload else 1.0),
                 "activations": activations,
-                "transient": transient[here] + np.maximum(gathered[here], whole) + place.cache_bytes,
+                "transient": transient[here] + np.maximum(gathered[here], whole),
             }
+            if not model.costs.trains:
+                # The cache is written in place: the new one is not beside it.
+                parts["transient"] = np.maximum(parts["transient"] - place.cache_bytes, 0.0)
+            if place.cache_bytes:
+                parts["cache"] = np.full(here.sum(), float(place.cache_bytes))
             if not best:
                 best = {name: np.zeros(n) for name in parts}
             fuller = sum(parts.values()) > sum(x[here] for x in best.values())

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 Label = Literal["analytic", "compiled", "measured"]
-MEMORY_PARTS = ("params", "gradients", "optimizer", "activations", "transient")
+MEMORY_PARTS = ("params", "gradients", "optimizer", "cache", "activations", "transient")
+"""Parts of a device's memory; the cache is what inference keeps of earlier tokens, or a model's mutable state."""
 
 
 @dataclasses.dataclass(frozen=True)
