@@ -84,7 +84,7 @@ class SearchOptions:
     """Which plans are searched."""
 
     fix: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
-    """Only plans with this mesh axis size, sequence, remat or microbatches: tensor=8, remat=full."""
+    """Only plans with this size of a mesh axis, or this sequence, remat, microbatches, ...: tensor=8, remat=full."""
     forbid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY")] = ()
     """Only plans without this: stage, context, tensor, ..."""
     max_microbatch: Annotated[int | None, optional("N", "no limit")] = None
@@ -100,33 +100,11 @@ class SearchOptions:
 
     def check(self) -> None:
         """Raise a UsageError for what means nothing, before any work is done."""
-        _ = self.fixed
         for name, low in (("runners_up", 0), ("max_microbatch", 1), ("time_limit", 0), ("memory_share", 0)):
             value = getattr(self, name)
             if value is not None and (value < low or (name == "memory_share" and not 0 < value <= 1)):
                 wanted = "above 0 and up to 1" if name == "memory_share" else f"at least {low}"
                 raise UsageError(f"--{name.replace('_', '-')} {value}; a number {wanted}")
-
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """What is fixed: `tensor=8,remat=full` -> {"tensor": 8, "remat": "full"}.
-
-        Raises:
-            UsageError: no pair, or a size that is not a whole number.
-        """
-        found: dict[str, Any] = {}
-        for pair in _parts(self.fix):
-            name, equals, value = (part.strip() for part in pair.partition("="))
-            if not (name and equals and value):
-                raise UsageError(f"--fix {pair}: write KEY=VALUE, such as tensor=8")
-            if name in found:
-                raise UsageError(f"--fix {name} twice: {found[name]} and {value}")
-            found[name] = _value(name, value)
-        return found
-
-    @property
-    def forbidden(self) -> tuple[str, ...]:
-        return tuple(_parts(self.forbid))
 
 
 def resolved(record: dict[str, Any]) -> dict[str, Any]:
@@ -137,20 +115,3 @@ def resolved(record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, str) and pathlib.Path(value).suffix in (".py", ".json", ".toml"):
             out[name] = str(pathlib.Path(value).expanduser().resolve())
     return out
-
-
-def _parts(texts: tuple[str, ...]) -> list[str]:
-    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
-
-
-def _value(name: str, value: str) -> Any:
-    words = {"true": True, "yes": True, "false": False, "no": False}
-    if name == "remat" or (not value.lstrip("-").isdigit() and value.lower() not in words):
-        if name in ("data", "fsdp", "stage", "expert", "context", "tensor", "microbatches"):
-            raise UsageError(f"--fix {name}={value}: {name} is a whole number from 1 up, such as {name}=8")
-        return value
-    if value.lower() in words:
-        return words[value.lower()]
-    if int(value) < 1:
-        raise UsageError(f"--fix {name}={value}: {name} is a whole number from 1 up, such as {name}=8")
-    return int(value)

@@ -53,8 +53,9 @@ class Plan:
             check_folder(path)
         record = {**self.problem.record(), "memory_share": self.search.memory_share}
         with terminal.progress(f"reading {record['cluster']}") as tell:
+            constraints = planning.constraints(self.search)
             loaded = planning.load(record, tell)
-            space = planning.make_space(loaded, self.search)
+            space = planning.make_space(loaded, self.search, constraints)
             tell("searching")
             result = planning.search(loaded, space, self.search, pareto=output.json or output.report is not None)
             tell("what changes with the constants")

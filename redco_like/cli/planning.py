@@ -98,7 +98,7 @@ def load(record: Mapping[str, Any], tell: Callable[[str], None]) -> Loaded:
         UsageError: with what is wrong in one line.
     """
     for name in ("model", "cluster"):
-        if not record.get(name):
+        if record.get(name) is None:
             raise UsageError(f"the plan does not say which {name} it was made for; give --{name}")
     with bad_input():
         from search import parse_cluster
@@ -138,21 +138,44 @@ def load(record: Mapping[str, Any], tell: Callable[[str], None]) -> Loaded:
     return Loaded({**record, **sizes}, spec, cluster, model)
 
 
-def make_space(loaded: Loaded, options: SearchOptions) -> Space:
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What is fixed and what is forbidden."""
+
+    fix: dict[str, Any]
+    forbid: tuple[str, ...]
+
+
+def constraints(options: SearchOptions) -> Constraints:
+    """Read them, before the model is.
+
+    Raises:
+        UsageError: what is no choice or no value of it.
+    """
+    from redco_like.cli.choices import fixed, forbidden
+
+    return Constraints(fixed(options.fix), forbidden(options.forbid))
+
+
+def make_space(loaded: Loaded, options: SearchOptions, limits: Constraints) -> Space:
     """The space that the options leave.
 
     Raises:
-        UsageError: a key that there is not, sizes that do not divide the devices, ...
+        UsageError: sizes that do not divide the devices or the batch, what cannot run and is not allowed, ...
     """
     from search import Space
-    from search.space import HEADROOM
+    from search.space import HEADROOM, divisors
 
+    batch, parts = loaded.spec.global_batch, limits.fix.get("microbatches", 1)
+    if batch % parts:
+        near = min(divisors(batch), key=lambda m: abs(m - parts))
+        raise UsageError(f"--fix microbatches={parts}: a batch of {batch} has no {parts} equal parts; nearest: {near}")
     with bad_input():
         return Space(
             loaded.model,
             loaded.cluster,
-            fix=options.fixed,
-            forbid=options.forbidden,
+            fix=limits.fix,
+            forbid=limits.forbid,
             allow_planned=options.allow_planned,
             max_microbatch=options.max_microbatch,
             memory_share=HEADROOM if options.memory_share is None else options.memory_share,

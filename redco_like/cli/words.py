@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sharding_rules import CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR
+
 if TYPE_CHECKING:
     from search import Cluster, Plan
 
 AXES = {
-    "data": "hold different examples; their gradients are summed once per step",
-    "fsdp": "hold different examples and a share of every parameter, gradient and optimizer state, gathered for use",
-    "stage": "are stages of a pipeline, each with a share of the layers",
-    "expert": "hold different examples, and different experts; tokens travel to their experts and back",
-    "context": "hold different tokens of the same examples; attention gathers keys and values",
-    "tensor": "share each product (heads, MLP, vocabulary) and sum its results",
+    DATA: "hold different examples; their gradients are summed once per step",
+    FSDP: "hold different examples and a share of every parameter, gradient and optimizer state, gathered for use",
+    STAGE: "are stages of a pipeline, each with a share of the layers",
+    EXPERT: "hold different examples, and different experts; tokens travel to their experts and back",
+    CONTEXT: "hold different tokens of the same examples; attention gathers keys and values",
+    TENSOR: "share each product (heads, MLP, vocabulary) and sum its results",
 }
 INFERENCE = {
-    "data": "hold different examples",
-    "fsdp": "hold different examples and a share of every parameter, gathered for use",
+    DATA: "hold different examples",
+    FSDP: "hold different examples and a share of every parameter, gathered for use",
 }
 REMAT = {
     "none": "nothing is recomputed in the backward pass",
@@ -45,15 +47,15 @@ def describe(
         if size == 1:
             continue
         text = AXES[axis] if training else INFERENCE.get(axis, AXES[axis])
-        if axis == "tensor" and "sequence" in plan.preset.split("+"):
+        if axis == TENSOR and "sequence" in plan.preset.split("+"):
             text += "; between blocks they share the tokens (sequence parallelism)"
-        if axis == "stage":
+        if axis == STAGE:
             chunks = f", {plan.chunks} chunks of layers each" if plan.chunks > 1 else ""
             spread = "; embedding and head are spread over all stages" if plan.vocab == "spread" else ""
             text += f" ({SCHEDULES[plan.schedule]}{chunks}){spread}"
-        if axis == "fsdp" and not plan.regather:
+        if axis == FSDP and not plan.regather:
             text += " once per microbatch and kept until its backward pass ends"
-        if axis == "data" and plan.optimizer_sharding:
+        if axis == DATA and plan.optimizer_sharding:
             text += "; each holds a share of the optimizer's state (ZeRO-1)"
         lines.append((f"{axis} {size}", f"{size} devices {text}" + (f" [{places[axis]}]" if axis in places else "")))
     if plan.mesh.size == 1:

@@ -11,11 +11,11 @@ import time
 import pytest
 from rich.console import Console
 
-from redco_like.cli import main, terminal, units
-from redco_like.cli.options import SearchOptions
+from redco_like.cli import choices, main, terminal, units
 from redco_like.cli.terminal import Terminal, UsageError
 from redco_like.cli.words import describe, links
 from search import Estimate, Plan, parse_cluster
+from search.space import CHOICES
 from sharding_rules import MeshShape
 
 RUN_FILE = '''
@@ -292,7 +292,13 @@ def test_architecture_by_name(run):
         ({"--fix": "tensr=2"}, "tensr"),
         ({"--fix": "tensor=3"}, "3"),
         ({"--fix": "remat=some"}, "remat"),
+        ({"--fix": "sequence=3"}, "true or false"),
+        ({"--fix": "offload=optimiser"}, "optimizer"),
+        ({"--fix": "microbatches=3"}, "nearest: 2"),
+        ({"--fix": "stage=2"}, "--allow-planned"),
         ({"--forbid": "pipeline"}, "pipeline"),
+        ({"--forbid": "remat"}, "stage"),
+        ({"--cluster": ""}, "8xH100"),
         ({"--memory-share": "1.5"}, "--memory-share"),
         ({"--runners-up": "-1"}, "--runners-up"),
         ({"--out": "no/such/folder/plan.json"}, "no/such/folder"),
@@ -439,11 +445,18 @@ def test_report_writes_one_page(run, plan_file, tmp_path):
 
 
 def test_fixed_choices_are_read():
-    options = SearchOptions(fix=("tensor=8, data=2", "remat=full", "sequence=true"), forbid=("stage,context",))
-    assert options.fixed == {"tensor": 8, "data": 2, "remat": "full", "sequence": True}
-    assert options.forbidden == ("stage", "context")
+    pairs = ("tensor=8, data=2", "remat=full", "sequence=true", "offload=optimizer+activations")
+    assert choices.fixed(pairs) == {
+        "tensor": 8,
+        "data": 2,
+        "remat": "full",
+        "sequence": True,
+        "offload": "optimizer+activations",
+    }
+    assert choices.forbidden(("stage,context",)) == ("stage", "context")
+    assert {*choices.SIZES, *choices.SWITCHES, *choices.NAMED} == set(CHOICES)
     with pytest.raises(UsageError, match="twice"):
-        _ = SearchOptions(fix=("tensor=8", "tensor=4")).fixed
+        choices.fixed(("tensor=8", "tensor=4"))
 
 
 def test_numbers_have_units():
