@@ -25,16 +25,17 @@ all-reduced once per step, also with microbatches.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from search.cluster import Cluster
-from search.collectives import collective_seconds, lower_bound_seconds
+from search.collectives import Kind, collective_seconds, lower_bound_seconds
 from search.efficiency import Efficiency
 from search.op_times import PASSES, PRODUCTS, OpTimes, peak_flops
 from search.placement import REGIONS, Bools, Columns, Floats, Flow, Placement, Variant, axis_sizes, numbering
@@ -139,22 +140,34 @@ class CostModel:
         efficiency: Efficiency | None = None,
         layers: int = 1,
     ):
-        self.cluster = cluster
-        self.efficiency = efficiency or cluster.efficiency or Efficiency()
         self.remats: tuple[Remat, ...] = tuple(works)
         self.row_names = tuple(next(iter(works.values())).rows)
         is_batch = np.isin(self.row_names, list(batch_rows))
         self.works = dict(works)
         self.layers = layers
-        self.ops = [
-            OpTimes(work, self.row_names, is_batch, cluster, self.efficiency, layers) for work in works.values()
-        ]
-        self.bandwidth = self.efficiency.bandwidth * cluster.accelerator.memory_bytes_per_second
-        self.host_bandwidth = HOST_BYTES_PER_SECOND[cluster.accelerator.kind]
-        self.launch = dict(self.efficiency.launch_seconds)[cluster.accelerator.kind]
+        attained = efficiency or cluster.efficiency or Efficiency()
+        self.ops = [OpTimes(work, self.row_names, is_batch, cluster, attained, layers) for work in works.values()]
+        self._attain(cluster, attained)
+        self.trains = any(op.phase == "backward" for op in next(iter(works.values())).ops)
         self.model_flops = min(work.product_flops for work in works.values())
         by_dtype = {k: v for k, v in works[self.remats[0]].flops_by("dtype").items()}
         self.dtype = max(by_dtype, key=lambda name: by_dtype[name], default="bfloat16")
+
+    def on(self, cluster: Cluster, efficiency: Efficiency | None = None) -> CostModel:
+        """The same work on other machines, or with other constants."""
+        other = copy.copy(self)
+        attained = efficiency or cluster.efficiency or Efficiency()
+        other.ops = [ops.on(cluster, attained) for ops in self.ops]
+        other._attain(cluster, attained)
+        return other
+
+    def _attain(self, cluster: Cluster, efficiency: Efficiency) -> None:
+        if getattr(self, "cluster", None) != cluster:
+            self._collectives: dict[Any, Floats] = {}
+        self.cluster, self.efficiency = cluster, efficiency
+        self.bandwidth = efficiency.bandwidth * cluster.accelerator.memory_bytes_per_second
+        self.host_bandwidth = HOST_BYTES_PER_SECOND[cluster.accelerator.kind]
+        self.launch = dict(efficiency.launch_seconds)[cluster.accelerator.kind]
 
     def seconds(
         self, place: Placement, columns: Columns, *, saved_bytes: Floats | None = None, exact: bool = True
@@ -211,11 +224,11 @@ class CostModel:
         state_n = np.where(columns.offloads("optimizer"), 2 * held_3n[STATE] / data / self.host_bandwidth, 0.0)
         return StepSeconds(
             compute=m * pick(one.compute_pkn.sum(0))
-            + np.where(m > 1, 3 * m * held_3n[GRADIENTS] / self.bandwidth, 0.0),
+            + np.where(m > 1, self.efficiency.gradient_passes * m * held_3n[GRADIENTS] / self.bandwidth, 0.0),
             exposed={axis: exposed_xn[i] for i, axis in enumerate(AXES)},
             hidden=m * pick(hidden_pkn.sum(0)) + worst(one.step_hidden_xkn.sum(0)),
             bubble=bubble,
-            optimizer=update / data / self.bandwidth + self.launch,
+            optimizer=(update / data / self.bandwidth + self.launch) * self.trains,
             offload=m * pick(host_pkn.sum(0)) + state_n,
             collectives={axis: collectives_xn[i] for i, axis in enumerate(AXES)},
             moved={axis: moved_xn[i] for i, axis in enumerate(AXES)},
@@ -231,8 +244,8 @@ class CostModel:
         step_hidden, step_exposed = np.zeros(shape[1:]), np.zeros(shape[1:])
         moved, step_moved = np.zeros(shape[1:]), np.zeros(shape[1:])
         kept = ~columns.flags("regather").astype(bool)
-        for flow in [*place.flows, *self._vocab_flows(place, vocab)]:
-            seconds, volume = self._flow(flow, columns, sizes, strides)
+        flows = [*place.flows, *self._vocab_flows(place, vocab)]
+        for flow, seconds, volume in self._flow_seconds(flows, columns, sizes, strides):
             if flow.again:
                 seconds, volume = np.where(kept, 0.0, seconds), np.where(kept, 0.0, volume)
             credit_xn = _credit(flow, sizes)
@@ -242,7 +255,8 @@ class CostModel:
                 step_moved[region] += credit_xn * volume
             else:
                 into = hidden if flow.hides else exposed
-                into[int(flow.phase == "backward"), region] += credit_xn * seconds
+                waited = 1.0 if flow.hides else self.efficiency.unhidden
+                into[int(flow.phase == "backward"), region] += credit_xn * seconds * waited
                 moved[region] += credit_xn * volume
 
         def on_stages(x: Floats) -> Floats:
@@ -274,7 +288,7 @@ class CostModel:
             return np.zeros(len(columns))
         local = math.prod((sizes[axis] for axis in place.boundary_split), start=np.ones(len(columns)))
         volume = place.boundary_bytes / local / columns.microbatches
-        return collective_seconds(self.cluster, "permute", volume, sizes[STAGE], strides[STAGE])
+        return self._collective("permute", volume, (sizes[STAGE],), (strides[STAGE],))
 
     def _vocab_flows(self, place: Placement, vocab: Vocab) -> list[Flow]:
         """A vocabulary spread over the stages: the last activation goes to all of them, and its gradient is summed."""
@@ -353,16 +367,17 @@ class CostModel:
         """
         sizes = {axis: float(size[0]) for axis, size in axis_sizes(place, np.ones(1)).items()}
         seconds = self.ops[remat].bound(place, np.array(list(sizes.values())))
+        attained = self.efficiency.unhidden / max(self.efficiency.links, self.efficiency.network)
         for flow in place.flows:
             if not flow.hides and flow.phase != "step":
                 size = math.prod(sizes[axis] for axis in flow.axes)
                 volume = float(np.min(flow.bytes)) / math.prod(sizes[axis] for axis in flow.split)
                 once = lower_bound_seconds(self.cluster, flow.kind, volume, size)
-                seconds += flow.times(self.remats[remat]) * float(once)
+                seconds += attained * flow.times(self.remats[remat]) * float(once)
         held_3f = place.held.sum(1)
         update = float((2 * held_3f[PARAMS] + held_3f[GRADIENTS] + 2 * held_3f[STATE]).min())
         update /= place.batch_shards if sharded else 1
-        return seconds / place.stage + update / place.stage / self.bandwidth + self.launch
+        return seconds / place.stage + (update / place.stage / self.bandwidth + self.launch) * self.trains
 
     def compute_by_kind(self, place: Placement, remat: int, microbatches: int) -> dict[str, float]:
         """Seconds of a step's compute by what limits it: products, attention, memory, arithmetic, launches."""
@@ -412,26 +427,36 @@ class CostModel:
                 out[:, :, here] = np.moveaxis(found[np.searchsorted(counts, columns.microbatches[here])], 0, 2)
         return out
 
-    def _flow(
-        self, flow: Flow, columns: Columns, sizes: Mapping[str, Floats], strides: Mapping[str, Floats]
-    ) -> tuple[Floats, Floats]:
-        """Seconds of a flow, and bytes of its buffer on a device, per microbatch or per step."""
+    def _flow_seconds(
+        self, flows: Sequence[Flow], columns: Columns, sizes: Mapping[str, Floats], strides: Mapping[str, Floats]
+    ) -> Iterator[tuple[Flow, Floats, Floats]]:
+        """Flows with their seconds, and bytes of their buffers on a device, per microbatch or per step."""
         m = columns.microbatches
-        volume = _pick(flow.bytes, columns)
-        if flow.summed_bytes is not None:
-            volume = np.where(m > 1, _pick(flow.summed_bytes, columns), volume)
-        volume = volume / math.prod((sizes[axis] for axis in flow.split), start=np.ones(len(columns)))
-        if flow.batch:
-            volume = volume / m
-        once = collective_seconds(
-            self.cluster,
-            flow.kind,
-            volume,
-            tuple(sizes[axis] for axis in flow.axes),
-            tuple(strides[axis] for axis in flow.axes),
-        )
-        times = np.array([flow.times(remat) for remat in self.remats])[columns.remat]
-        return once * times, volume * times
+        alike: dict[tuple[Kind, tuple[str, ...]], list[tuple[Flow, Floats]]] = {}
+        for flow in flows:
+            volume = _pick(flow.bytes, columns)
+            if flow.summed_bytes is not None:
+                volume = np.where(m > 1, _pick(flow.summed_bytes, columns), volume)
+            volume = volume / math.prod((sizes[axis] for axis in flow.split), start=np.ones(len(columns)))
+            alike.setdefault((flow.kind, flow.axes), []).append((flow, volume / m if flow.batch else volume))
+        for (kind, axes), group in alike.items():
+            at = tuple(sizes[axis] for axis in axes), tuple(strides[axis] for axis in axes)
+            seconds_fn = self._collective(kind, np.stack([volume for _, volume in group]), *at)
+            for (flow, volume), once in zip(group, seconds_fn, strict=True):
+                times = np.array([flow.times(remat) for remat in self.remats])[columns.remat]
+                yield flow, once * times, volume * times
+
+    def _collective(self, kind: Kind, volume: Floats, sizes: Sequence[Floats], strides: Sequence[Floats]) -> Floats:
+        """Seconds of a collective by what links attain; one that leaves the node is bound by the network."""
+        key = (kind, *(x.tobytes() for x in (volume, *sizes, *strides))) if volume.shape[-1] == 1 else None
+        seconds = self._collectives.get(key)
+        if seconds is None:
+            seconds = collective_seconds(self.cluster, kind, volume, tuple(sizes), tuple(strides))
+            if key is not None and len(self._collectives) < 4096:
+                self._collectives[key] = seconds
+        last = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+        inside = np.asarray(last) < self.cluster.devices_per_node
+        return seconds / np.where(inside, self.efficiency.links, self.efficiency.network)
 
     def _fsdp(self, place: Placement, columns: Columns) -> Floats:
         return np.array(place.fsdp_sizes, np.float64)[columns.fsdp]

@@ -1,53 +1,113 @@
-"""What devices attain of their peaks: the constants of the cost model."""
+"""What devices attain of their peaks: the constants of the cost model, from `efficiencies.toml` where they were fitted.
+
+    Efficiency.for_accelerator(find_accelerator("H100"))
+
+`redco-like validate` fits them on published runs, within physical bounds, and writes the file; `redco-like profile`
+measures them on the devices at hand.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+import importlib.resources
+import tomllib
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from search.accelerators import Accelerator
+
 Floats = npt.NDArray[np.float64]
+Framework = Literal["compiled", "megatron", "eager"]
+"""How operations reach the device: XLA; PyTorch with the elementwise operations fused by hand; PyTorch as it comes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """What devices attain of their peaks: explicit constants, all analytic, to be replaced by fitted or measured ones.
+    """What devices attain of their peaks; all analytic. The defaults are neutral or assumed; the file has fitted ones.
 
     Attributes:
         matmul: of the peak, by a large matrix product. 0.9: cuBLAS at 4096 and up on A100 and H100, and the TPU's
             matrix unit (jax-ml.github.io/scaling-book/tpus: sustained close to the peak).
-        half_size: a dimension of this size halves the efficiency of a product, x / (x + half_size) for each of m,
-            n, k: an assumption; half a tile of 32 is lost on edges and on filling the pipeline.
-        attention: of the peak, by fused attention (FlashAttention-2, Dao 2023: 0.5 to 0.73 on A100).
+        half_size: rows or columns (m, n) of a product that halve its efficiency, x / (x + half_size): an assumption;
+            half a tile of 32 is lost on edges and on filling the pipeline.
+        half_depth: the same of k, for the dtype whose peak is that of bfloat16; a dtype twice as fast needs twice it.
+        narrow: of `matmul`, by products in 8 bits and fewer.
+        attention: of the peak, by fused attention forward, all scores counted: a causal kernel that leaves out half of
+            them attains twice its share (FlashAttention-2, Dao 2023: 0.5 to 0.73 on A100 of the half).
+        attention_backward: of `attention`, in the backward pass, where a kernel makes the scores again.
         vector: elementwise arithmetic per peak flop: 67 of 989 TFLOP/s on H100, about 1/30 on TPUs.
         transcendental_flops: that one transcendental operation counts as: assumed.
         bandwidth: of the memory's, by a large loop (0.85: STREAM on HBM reaches 0.8 to 0.92).
+        loop_traffic: bytes that loops move per byte of the rule of fusion (`search.fusion`).
+        gradient_passes: times that the gradients move through memory when those of a microbatch are added to the sum: 3
+            where it is a loop of its own, fewer where products add to it.
         launch_seconds: by kind of accelerator, of one operation: a GPU kernel about 2 us inside a CUDA graph, a TPU
             fusion under 1 us, a CPU loop 5 us: assumed.
         overlap_slowdown: of both sides while compute and a collective run together: 1.13 measured by Galvatron
             (github.com/PKU-DAIR/Hetu-Galvatron, overlap coefficient).
+        unhidden: share of the collectives between operations that is waited for, the rest runs behind the products it
+            feeds, piece by piece (XLA's collective matmul, Wang et al. 2023; Megatron's overlapped tensor parallelism).
+        links, network: bandwidth of collectives inside a node or slice, and of those that leave it, over what
+            `search.collectives` says.
         spread: relative error of a step time: the interval of an estimate is [t / (1 + spread), t (1 + spread)].
     """
 
     matmul: float = 0.9
     half_size: float = 16.0
+    half_depth: float = 16.0
+    narrow: float = 1.0
     attention: float = 0.6
+    attention_backward: float = 1.0
     vector: float = 1 / 30
     transcendental_flops: float = 8.0
     bandwidth: float = 0.85
+    loop_traffic: float = 1.0
+    gradient_passes: float = 3.0
     launch_seconds: tuple[tuple[str, float], ...] = (("gpu", 2e-6), ("tpu", 5e-7), ("cpu", 5e-6))
     overlap_slowdown: float = 1.13
+    unhidden: float = 1.0
+    links: float = 1.0
+    network: float = 1.0
     spread: float = 0.15
 
-    def product(self, m: Any, n: Any, k: Any) -> Floats:
+    @classmethod
+    def for_accelerator(cls, accelerator: Accelerator, framework: Framework = "compiled") -> Efficiency:
+        """Read the constants of an accelerator from the packaged file.
+
+        Those of the kind (gpu, tpu) hold where an accelerator has none of its own, and the defaults of this class where
+        the kind has none.
+        """
+        table = _fitted()
+        kind = table.get(accelerator.kind, {})
+        own = table.get(accelerator.name, {})
+        values: dict[str, Any] = {}
+        for entry in (kind, kind.get(framework, {}), own, own.get(framework, {})):
+            values |= {name: value for name, value in entry.items() if name in _NUMBERS}
+        return cls(**values)
+
+    def product(self, m: Any, n: Any, k: Any, *, speed: Any = 1.0) -> Floats:
         """Share of the peak that a product of (m, k) and (k, n) attains on one device.
+
+        Args:
+            m, n, k: sizes.
+            speed: peak of the dtype over that of bfloat16.
 
         >>> float(Efficiency().product(16, 1e9, 1e9).round(3))
         0.45
         """
         share = np.float64(self.matmul)
-        for size in (m, n, k):
-            share = share * (size / (np.asarray(size, np.float64) + self.half_size))
+        for size, half in ((m, self.half_size), (n, self.half_size), (k, self.half_depth * np.asarray(speed))):
+            share = share * (size / (np.asarray(size, np.float64) + half))
         return np.asarray(share)
+
+
+_NUMBERS = frozenset(field.name for field in dataclasses.fields(Efficiency) if field.name != "launch_seconds")
+
+
+@functools.cache
+def _fitted() -> dict[str, Any]:
+    file = importlib.resources.files("search").joinpath("efficiencies.toml")
+    return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}

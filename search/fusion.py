@@ -27,7 +27,7 @@ from search.flops import arithmetic, product
 from search.kinds import LOOPS, contracted_dimensions, is_reduction, is_view, kind_of, touched, touched_like
 from search.liveness import CHECKPOINTS, Call, Phase, Step, bytes_of, calls, dtype_of
 from search.units import Operand, Unit, Units, Value
-from sharding_rules.axes import PARAM, Scope, shape_of
+from sharding_rules.axes import PARAM, Dims, Scope, leaves, shape_of
 
 INLINED = frozenset({"scan", "while", "cond", "shard_map"})
 """Calls whose bodies are run apart; all others are read as part of their caller."""
@@ -143,7 +143,7 @@ class Block:
         fresh = not (eqn.invars and self._roots(scope, eqn.invars[0]))
         partly, written = touched(eqn, unit.kind, fresh=fresh)
         like = touched_like(eqn, unit.kind)
-        moved = scope.dims.get(like, ()) if like is not None else None
+        moved = _touched_dims(scope, eqn, like) if like is not None else None
         for position, atom in enumerate(eqn.invars):
             size = bytes_of(atom) if isinstance(atom, Var) else 0
             for root in self._roots(scope, atom):
@@ -192,6 +192,8 @@ class Block:
             source=eqn,
             product=found,
         )
+        if kind == "gather" and isinstance(eqn.invars[0], Var):
+            unit.contracted = scope.dims[eqn.invars[0]]
         if found:
             three = (eqn.invars[0], eqn.invars[1], eqn.outvars[0])
             lhs, rhs, out = (scope.dims[a] if isinstance(a, Var) else () for a in three)
@@ -251,6 +253,17 @@ class Block:
             reads=reads,
             writes=writes,
         )
+
+
+def _touched_dims(scope: Scope, eqn: JaxprEqn, like: Var) -> Dims:
+    """Dimensions over which what indexing moves divides: its own, and those of the whole array that it does not have.
+
+    Of a table whose rows lie on several devices, each picks only what it holds.
+    """
+    own = scope.dims.get(like, ())
+    whole = eqn.invars[0] if isinstance(eqn.invars[0], Var) else eqn.outvars[0]
+    has = {axis for dim in own for axis in leaves(dim)}
+    return (*own, *(dim for dim in scope.dims.get(whole, ()) if not has & set(leaves(dim))))
 
 
 def _operand(scope: Scope, var: Var) -> Operand:

@@ -7,15 +7,17 @@ Dimensions: n operations, a arrays that they move, r rows, x mesh axes, m number
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from search.cluster import Cluster
 from search.efficiency import Efficiency
 from search.placement import REGIONS, Bools, Floats, Placement
-from search.regions import op_regions
+from search.regions import op_regions, split_ends
 from search.workload import Workload
 
 PRODUCTS = ("dot", "conv", "ragged")
@@ -61,10 +63,7 @@ class OpTimes:
         efficiency: Efficiency,
         layers: int = 1,
     ):
-        work = work.merged()
-        self.efficiency = efficiency
-        self.bandwidth = efficiency.bandwidth * cluster.accelerator.memory_bytes_per_second
-        self.launch = dict(efficiency.launch_seconds)[cluster.accelerator.kind]
+        work = split_ends(work.merged(), layers)
         column = [list(work.rows).index(name) for name in rows]
         table, arrays = work.table(), work.arrays()
         self.axes_nr: Bools = table["axes"][:, column]
@@ -75,23 +74,45 @@ class OpTimes:
         self.trips_n: Floats = table["trips"]
         self.kind_n = table["kind"]
         self.product_n: Bools = np.isin(self.kind_n, PRODUCTS)
-        peaks = np.array([peak_flops(cluster, dtype) for dtype in table["dtype"]])
-        attention = self.kind_n == "attention"
-        self.flops_n: Floats = np.where(
-            self.product_n | attention,
-            table["flops"],
-            table["flops"] + efficiency.transcendental_flops * table["transcendentals"],
-        )
-        vector = np.full(len(self.kind_n), efficiency.vector * peak_flops(cluster, "bfloat16"))
-        self.rate_n: Floats = np.where(
-            self.product_n, peaks * efficiency.matmul, np.where(attention, peaks * efficiency.attention, vector)
-        )
+        self.attention_n: Bools = self.kind_n == "attention"
+        self.dtype_n, self.backward_n = table["dtype"], table["phase"] == "backward"
+        self.arithmetic_n, self.transcendentals_n = table["flops"], table["transcendentals"]
         self.sizes_n3: Floats = np.stack([table["m"], table["n"], table["k"]], axis=1)
         self.batched_n: Bools = np.any(self.axes_nr & batch_rows, axis=1)
         self.batched_a: Bools = np.any(self.array_axes_ar & batch_rows, axis=1)
         self.batch_rows: Bools = batch_rows
         self._operands(arrays["written"])
         self.groups_n = self._groups(table["phase"], op_regions(work, layers))
+        self._layouts: dict[Any, tuple[Any, ...]] = {}
+        self._attain(cluster, efficiency)
+
+    def on(self, cluster: Cluster, efficiency: Efficiency) -> OpTimes:
+        """The same operations on other machines, or with other constants."""
+        other = copy.copy(self)
+        other._attain(cluster, efficiency)
+        return other
+
+    def _attain(self, cluster: Cluster, efficiency: Efficiency) -> None:
+        """Rates of the operations."""
+        self.efficiency = efficiency
+        self.bandwidth = efficiency.bandwidth * cluster.accelerator.memory_bytes_per_second
+        self.launch = dict(efficiency.launch_seconds)[cluster.accelerator.kind]
+        peak = {str(dtype): peak_flops(cluster, str(dtype)) for dtype in np.unique(self.dtype_n)}
+        peaks = np.array([peak[str(dtype)] for dtype in self.dtype_n])
+        usual = peak_flops(cluster, "bfloat16")
+        self.speed_n: Floats = np.maximum(peaks / usual, 1.0)
+        narrow = np.array([1.0 if wide(str(dtype)) else efficiency.narrow for dtype in self.dtype_n])
+        attention = efficiency.attention * np.where(self.backward_n, efficiency.attention_backward, 1.0)
+        loops = ~(self.product_n | self.attention_n)
+        self.flops_n: Floats = self.arithmetic_n + np.where(
+            loops, efficiency.transcendental_flops * self.transcendentals_n, 0.0
+        )
+        self.rate_n: Floats = np.where(
+            self.product_n,
+            peaks * efficiency.matmul * narrow,
+            np.where(self.attention_n, peaks * attention, efficiency.vector * usual),
+        )
+        self.traffic_n: Floats = np.where(loops, efficiency.loop_traffic, 1.0) / self.bandwidth
 
     def _groups(self, phase: np.ndarray, regions: Sequence[str]) -> np.ndarray:
         """Region and pass of every operation, as one number."""
@@ -114,25 +135,49 @@ class OpTimes:
 
     def split(self, incidence_ir: Bools, place: Placement, sizes_x: Floats) -> tuple[Floats, Bools]:
         """How many ways things divide whose rows are given, and over which mesh axes."""
+        taken = self._computed(incidence_ir, place) | incidence_ir @ place.spill
+        return np.where(taken, sizes_x, 1.0).prod(1), taken
+
+    def _computed(self, incidence_ir: Bools, place: Placement) -> Bools:
+        """Mesh axes that split things while they are computed with."""
         grouped = np.any(incidence_ir & place.groups, axis=1)
         clean = (incidence_ir & ~place.beyond) @ place.rows
         beyond = (incidence_ir & place.beyond) @ place.rows
-        taken = clean | (beyond & np.asarray(grouped)[:, None]) | incidence_ir @ place.spill
-        return np.where(taken, sizes_x, 1.0).prod(1), taken
+        return clean | (beyond & np.asarray(grouped)[:, None])
 
     def seconds(self, place: Placement, sizes_x: Floats, counts_m: Floats) -> OpSeconds:
         """Seconds of one microbatch's operations, for some numbers of microbatches; shape (m, n)."""
+        key = (id(place), tuple(sizes_x), tuple(counts_m))
+        if key not in self._layouts:
+            if len(self._layouts) >= 32:
+                self._layouts.clear()
+            # The placement is kept, so that its id is not given to another.
+            self._layouts[key] = (place, *self._layout(place, sizes_x, counts_m))
+        _, parts_mn, moved_mn, local_3mn = self._layouts[key]
+        share_mn = self.efficiency.product(*local_3mn, speed=self.speed_n) / self.efficiency.matmul
+        rate_mn = np.where(self.product_n, self.rate_n * share_mn, self.rate_n)
+        return OpSeconds(
+            self.trips_n * (self.flops_n / parts_mn / rate_mn),
+            self.trips_n * moved_mn * self.traffic_n,
+            self.trips_n * self.launch,
+        )
+
+    def _layout(self, place: Placement, sizes_x: Floats, counts_m: Floats) -> tuple[Floats, ...]:
+        """Of every operation on a device: parts of its work, bytes, and the sizes of a product."""
         ways_n, taken_nx = self.split(self.axes_nr, place, sizes_x)
         ways_a, _ = self.split(self.array_axes_ar, place, sizes_x)
         parts_mn = np.where(self.batched_n, counts_m[:, None], 1.0)
         parts_ma = np.where(self.batched_a, counts_m[:, None], 1.0)
-        moved_mn = np.stack([self.moved_seconds(ways_a * parts) for parts in parts_ma])
+        moved_mn = np.stack([self._moved(ways_a * parts) for parts in parts_ma])
         # Of each mesh axis that splits a product, one of k, m, n and the batch of products gets it, in this order.
+        # What lies split between blocks only (sequence parallelism) is gathered where another row has the mesh axis.
         sizes_n3 = self.sizes_n3.copy()
         left_nx = taken_nx.copy()
+        computed_nx = self._computed(self.axes_nr, place)
         roles = ((2, self.contracted_nr), (0, self.lhs_nr & ~self.rhs_nr), (1, self.rhs_nr & ~self.lhs_nr))
         for column, incidence in roles:
-            _, got = self.split(incidence & ~self.contracted_nr if column != 2 else incidence, place, sizes_x)
+            rows = incidence & ~self.contracted_nr if column != 2 else incidence
+            got = self._computed(rows, place) | (rows @ place.spill & ~computed_nx)
             got &= left_nx
             left_nx &= ~got
             sizes_n3[:, column] /= np.where(got, sizes_x, 1.0).prod(1)
@@ -141,13 +186,7 @@ class OpTimes:
         )
         shrinks_n3[:, :2] &= ~shrinks_n3[:, 2:]
         local_mn3 = np.maximum(sizes_n3 / np.where(shrinks_n3, counts_m[:, None, None], 1.0), 1.0)
-        share_mn = self.efficiency.product(*np.moveaxis(local_mn3, 2, 0)) / self.efficiency.matmul
-        rate_mn = np.where(self.product_n, self.rate_n * share_mn, self.rate_n)
-        return OpSeconds(
-            self.trips_n * (self.flops_n / (ways_n * parts_mn) / rate_mn),
-            self.trips_n * moved_mn,
-            self.trips_n * self.launch,
-        )
+        return ways_n * parts_mn, moved_mn, np.moveaxis(local_mn3, 2, 0)
 
     def by_group(self, seconds_mn: Floats) -> Floats:
         """Sums over the operations of each region and pass; shape (m, regions, passes)."""
@@ -169,13 +208,21 @@ class OpTimes:
 
     def moved_seconds(self, ways_a: Floats) -> Floats:
         """Seconds of one execution's bytes."""
+        return self._moved(ways_a) * self.traffic_n
+
+    def _moved(self, ways_a: Floats) -> Floats:
         moved = np.bincount(self.array_op_a, self.array_bytes_a / ways_a, minlength=len(self.trips_n))
-        return moved / self.bandwidth
+        return np.asarray(moved, np.float64)
+
+
+def wide(dtype: str) -> bool:
+    """Whether a dtype has more than 8 bits."""
+    return not dtype.startswith(("float8", "float4", "int8", "int4", "uint8", "uint4"))
 
 
 def peak_flops(cluster: Cluster, dtype: str) -> float:
     """FLOP/s of products in a dtype; integers and what the accelerator does not list run as bfloat16 or float32."""
-    for name in (dtype, "bfloat16", "float32"):
+    for name in (dtype, dtype.partition("_")[0], "bfloat16", "float32"):
         try:
             return cluster.accelerator.flops(name)
         except ValueError:

@@ -11,6 +11,7 @@ occur a multiple of the number of layers times.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 from typing import Literal
@@ -18,7 +19,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from search.workload import Workload
+from search.workload import Op, Workload
 from sharding_rules import Layout
 from sharding_rules.axes import leaves
 
@@ -104,6 +105,25 @@ def op_regions(work: Workload, layers: int) -> list[Region]:
         for i, region in zip(indices, sequence_regions([inside[i] for i in indices]), strict=True):
             out[i] = turned[region] if back and any(inside) else region
     return out
+
+
+def split_ends(work: Workload, layers: int) -> Workload:
+    """Split what layers and one of the ends have alike: executed a multiple of the number of layers times, and some.
+
+    The rest, such as the norm after the last layer, comes after the layers' (before them in the backward pass).
+    """
+    if layers == 1:
+        return work
+    ends: dict[bool, list[Op]] = {False: [], True: []}
+    inside: list[Op] = []
+    for op in work.ops:
+        rest = op.trips % layers
+        if op.trips < layers or not rest:
+            inside.append(op)
+            continue
+        inside.append(dataclasses.replace(op, trips=op.trips - rest))
+        ends[op.phase != "forward"].append(dataclasses.replace(op, trips=rest))
+    return Workload((*ends[True], *inside, *ends[False]), work.rows)
 
 
 def _keys(layout: Layout) -> list[Hashable]:

@@ -27,7 +27,7 @@ from search.placement import REGIONS, Floats, Placement
 from search.plan import Remat
 from search.regions import ParamRegion, Region, count_layers, op_regions, param_regions, stacks
 from search.space import Inner, divisors
-from search.traffic import ActivationTraffic, param_flows
+from search.traffic import ActivationTraffic, gradient_sums, param_flows
 from search.workload import Workload, workload_of
 from sharding_rules import AXES, FSDP, Layout, MeshShape, PlanError, TracedFunction, make_layout, tree_paths
 from sharding_rules.axes import leaves
@@ -51,6 +51,7 @@ class _ParamClass:
     trips: int
     optimizer_bytes: int
     region: ParamRegion
+    sums: float
 
 
 class TracedModel:
@@ -114,8 +115,7 @@ class TracedModel:
     def on(self, cluster: Cluster, efficiency: Efficiency | None = None) -> TracedModel:
         """The same model on other links or with other constants; placements and bytes stay."""
         other = copy.copy(self)
-        options = {"batch_rows": self._batch_rows, "layers": self.repeats}
-        other.costs = CostModel(cluster, self.works, efficiency=efficiency, **options)
+        other.costs = self.costs.on(cluster, efficiency)
         return other
 
     # Placing.
@@ -162,7 +162,8 @@ class TracedModel:
             stage=inner.stage,
             cache_bytes=layout.bytes_per_device(CACHE) if CACHE in self._arguments else 0,
         )
-        flows = [*self._traffic.flows(place), *param_flows([h[1] for h in held])]
+        weights = param_flows([h[1] for h in held], merges=self.merges, expert=inner.expert)
+        flows = [*self._traffic.flows(place), *weights]
         boundary = self._boundary_bytes(place) if inner.stage > 1 else 0.0
         return dataclasses.replace(place, flows=tuple(flows), boundary_bytes=boundary)
 
@@ -205,7 +206,8 @@ class TracedModel:
                 regular = False
         found: dict[Any, _ParamClass] = {}
         regions = param_regions(layout, self.repeats)
-        for path, dims, region in zip(paths, layout.table.inputs(layout.params), regions, strict=True):
+        sums = gradient_sums(layout, merges=self.merges)
+        for path, dims, region, summed in zip(paths, layout.table.inputs(layout.params), regions, sums, strict=True):
             leaf = params[path]
             rows = [[layout.rows.of(axis) for axis in leaves(dim)] for dim in dims]
             names = tuple(
@@ -213,7 +215,7 @@ class TracedModel:
                 for rs, d in zip(rows, dims, strict=True)
             )
             segmented = any(axis.segments is not None for dim in dims for axis in leaves(dim))
-            key = (names, leaf.dtype, optimizer.get(path, 0), path if segmented else "", region)
+            key = (names, leaf.dtype, optimizer.get(path, 0), path if segmented else "", region, summed)
             trips = math.prod(r.size for dim in rows for r in dim if r is not None and r.role == "layers")
             made = found.get(key)
             found[key] = (
@@ -229,6 +231,7 @@ class TracedModel:
                     trips,
                     optimizer.get(path, 0),
                     region,
+                    summed,
                 )
             )
         return list(found.values()), not regular
@@ -254,7 +257,7 @@ class TracedModel:
                 optimizer_r[REGIONS.index(region)] += held * c.optimizer_bytes
             split = tuple(axis for axis in AXES if any(axis in entry for entry in compute.entries))
             gathered = any(FSDP in entry for entry in rest.entries) and FSDP not in split
-            use = (split, gathered, c.trips, c.floating and self.training, c.itemsize, regions[0])
+            use = (split, gathered, c.trips, c.floating and self.training, c.itemsize, c.sums, regions[0])
             traffic[use] = traffic.get(use, 0.0) + c.count * c.elements * c.itemsize
         if self._whole_optimizer:
             full = self.layout.on(mesh, inner.preset(fsdp))

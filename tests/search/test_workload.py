@@ -328,10 +328,11 @@ def test_what_a_lookup_moves_divides_with_the_batch():
     params = {"table": f32(1000, 32), "w": f32(32, 8)}
     work = workload(trace(loss, params, jax.ShapeDtypeStruct((16,), jnp.int32), names=("params", "batch")))
     gather = next(op for op in work.ops if op.kind == "gather")
-    assert gather.reads[0].axes == gather.writes[0].axes
+    # What is picked divides with the batch, and with the rows of the table where several devices hold them.
+    assert gather.reads[0].axes[:-1] == gather.writes[0].axes
     scatter = next(op for op in work.ops if op.kind == "scatter")
     put = max(scatter.reads, key=lambda array: array.bytes)
-    assert (put.bytes, put.axes) == (2 * 4 * 16 * 32, gather.writes[0].axes)
+    assert (put.bytes, put.axes[:2]) == (2 * 4 * 16 * 32, gather.writes[0].axes)
     (whole,) = scatter.writes
     assert (whole.bytes, whole.axes[1]) == (4 * 1000 * 32, gather.writes[0].axes[-1])
 
