@@ -269,6 +269,10 @@ def _of_run_file(path: Path, options: _Options) -> ModelProblem:
     fields = _read_run_file(path)
     loss_fn, init_fn = _need(fields, "loss_fn", path), _need(fields, "init_fn", path)
     optimizer = fields("optimizer") or make_optimizer(options.optimizer)
+    if not callable(getattr(optimizer, "init", None)):
+        raise ValueError(
+            f"{path}: optimizer is a {type(optimizer).__name__}, not an optax optimizer such as optax.adam"
+        )
     with _blamed(path):
         batch = _run_file_batch(fields, path, options.global_batch)
         values = abstract_init(loss_fn, init_fn, options.param_dtype)
@@ -391,6 +395,6 @@ class _blamed:
 def _check_name(what: str, name: str, known: Any) -> None:
     if name in known:
         return
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.4)
     hint = f"nearest: {near[0]}" if near else f"known: {', '.join(known)}"
     raise ValueError(f"unknown {what} {name!r}; {hint}")

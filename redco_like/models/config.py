@@ -194,10 +194,11 @@ class ModelConfig:
     def _divides(self, whole: str, part: str) -> None:
         a, b = getattr(self, whole), getattr(self, part)
         if a % b:
-            near = sorted((d for d in range(1, a + 1) if a % d == 0), key=lambda d: abs(d - b))[:2]
+            divisors = [d for d in range(1, a + 1) if a % d == 0]
+            near = [*[d for d in divisors if d < b][-1:], *[d for d in divisors if d > b][:1]]
             raise ValueError(
                 f"{self.family}: {part}={b} does not divide {whole}={a}; nearest that do: "
-                f"{' and '.join(str(d) for d in sorted(near))}"
+                f"{' and '.join(str(d) for d in near)}"
             )
 
     @property
