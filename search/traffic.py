@@ -1,21 +1,114 @@
-"""The collectives that a placement needs, read off the contractions of the model: `search.cost.Flow`s.
+"""The collectives that a placement needs, read off the contractions of the model: `search.placement.Flow`s.
 
 traffic = ActivationTraffic(layout, works, activation_width=2, merges=True)
-flows = [*traffic.flows(placement), *param_flows(traffic_by_fsdp_size)]
+flows = [*traffic.flows(placement), *param_flows(traffic_by_fsdp_size, merges=True, expert=placement.expert)]
+
+What they are follows from the pins of `sharding_rules` and from what XLA makes of them, as compiled for CPUs and TPUs
+(`benchmarks/collectives_compiled.py`):
+
+* A product over a split row leaves partial sums: all-reduced forward (row parallel). One whose weight's other row is
+  split has a partial input gradient: all-reduced backward, once per activation (column parallel). With sequence
+  parallelism each of the two is a reduce-scatter and an all-gather, and in a loop the input is gathered once more for
+  the weight's gradient.
+* Over context, keys and values are gathered and their gradients scattered; in a loop they are gathered once more.
+* With more tensor shards than heads of keys, keys and values are whole: their gradients are summed over the shards of
+  one head, then gathered.
+* What enters and leaves experts moves in all-to-alls.
+* Gradients of what fsdp splits are reduce-scattered; where another axis splits the batch too, they are all-reduced over
+  both, whole, and then cut.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.extend.core import Var
 
-from search.cost import Flow, Placement
+from search.placement import Flow, Placement
+from search.regions import Region, count_layers, op_regions, sequence_regions
 from search.workload import Workload
 from sharding_rules import AXES, BATCH_AXES, CONTEXT, EXPERT, FSDP, TENSOR, Layout
-from sharding_rules.axes import BATCH, PARAM, Contraction, leaves, size_of
+from sharding_rules.axes import BATCH, PARAM, Contraction, Dims, Scope, leaves, shape_of, size_of
+from sharding_rules.primitives import ELEMENTWISE
+
+_BIT = {axis: 1 << i for i, axis in enumerate(AXES)}
+_AXES_OF = [tuple(axis for axis in AXES if bits & _BIT[axis]) for bits in range(1 << len(AXES))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """An operand: rows per dimension, as bits, and its elements."""
+
+    dims: tuple[int, ...]
+    elements: int
+
+    @property
+    def rows(self) -> int:
+        return _union(self.dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A contraction as traffic sees it; rows are bits. `again` is, per rematerialisation, how often it is repeated."""
+
+    lhs: _Array
+    rhs: _Array
+    out: _Array
+    weight: int | None
+    contracted: int
+    attention: bool
+    keys: int | None
+    trained: bool
+    ragged: bool
+    batch: int
+    region: Region
+    trips: int
+    again: tuple[float, ...]
+
+    def operand(self, side: int) -> _Array:
+        return (self.lhs, self.rhs)[side]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lookup:
+    """A gather or a reduction: rows that it reads, and what it makes; times per rematerialisation."""
+
+    scatters: bool
+    read: int
+    made: int
+    bytes: int
+    phase: str
+    region: Region
+
+
+class _Split:
+    """Mesh axes of rows under one placement, as bits; remembers what it was asked."""
+
+    def __init__(self, place: Placement):
+        weights = np.array([_BIT[axis] for axis in AXES])
+        self._rows = (place.rows @ weights).tolist()
+        self._spill = (place.spill @ weights).tolist()
+        self.spilled = _bits(np.flatnonzero(self._spill))
+        self.beyond = _bits(np.flatnonzero(place.beyond))
+        self.groups = _bits(np.flatnonzero(place.groups))
+        self._known: dict[tuple[int, int], int] = {}
+
+    def axes(self, rows: int, among: int | None = None) -> int:
+        """Axes that split something with these rows; keys split beyond their heads need groups in the whole."""
+        among = rows if among is None else among
+        key = (rows, among)
+        if key not in self._known:
+            grouped = bool(self.groups & among)
+            found = 0
+            for i in _indices(rows):
+                found |= self._rows[i] & (-1 if grouped or not self.beyond >> i & 1 else ~_BIT[TENSOR])
+            self._known[key] = found
+        return self._known[key]
 
 
 class ActivationTraffic:
@@ -31,184 +124,272 @@ class ActivationTraffic:
     def __init__(self, layout: Layout, works: Mapping[Any, Workload], *, activation_width: int, merges: bool):
         self.layout, self.works = layout, works
         self.activation_width, self.merges = activation_width, merges
-        self._recomputed = {r: _recompute_ratio(work) for r, work in works.items()}
         self._index = {row.name: i for i, row in enumerate(layout.rows.rows)}
+        roles: dict[str, int] = collections.defaultdict(int)
+        for i, row in enumerate(layout.rows.rows):
+            roles[row.role] |= 1 << i
+        self._batch, self._experts = roles["batch"], roles["expert"]
+        self._sizes = [row.size for row in layout.rows.rows]
         self._outside_experts = self._rows_outside_experts()
+        layers = count_layers(layout)
+        self._bundles = self._read_products(layers)
+        self._lookups = self._read_lookups(layers)
 
     def flows(self, place: Placement) -> list[Flow]:
         """Collectives of one placement."""
-        return [*self._activation_flows(place), *self._lookup_flows(place)]
+        split = _Split(place)
+        found = _Flows(tuple(self.works), self.activation_width, split, self._batch)
+        for bundle, count in self._bundles.items():
+            self._bundle(place, split, bundle, count, found)
+        for lookup, counts in self._lookups.items():
+            self._lookup(split, lookup, counts, found)
+        return found.flows()
 
-    def _rows_outside_experts(self) -> set[str]:
+    # Reading the model, once.
+
+    def _rows(self, dims: Iterable[Any]) -> int:
+        rows = 0
+        for dim in dims:
+            for axis in leaves(dim):
+                row = self.layout.rows.of(axis)
+                if row is not None:
+                    rows |= 1 << self._index[row.name]
+        return rows
+
+    def _array(self, dims: Dims) -> _Array:
+        return _Array(tuple(self._rows((dim,)) for dim in dims), math.prod(size_of(dim) for dim in dims))
+
+    def _rows_outside_experts(self) -> int:
         """Rows of parameters that no expert has: what enters and leaves the experts."""
-        out: set[str] = set()
+        out = 0
         for dims in self.layout.table.inputs(self.layout.params):
-            rows = {r for dim in dims for axis in leaves(dim) if (r := self.layout.rows.of(axis))}
-            if not any(r.role == "expert" for r in rows):
-                out |= {r.name for r in rows}
+            rows = self._rows(dims)
+            out |= 0 if rows & self._experts else rows
         return out
 
-    def _names(self, dims: Any) -> set[str]:
-        return {r.name for dim in dims for axis in leaves(dim) if (r := self.layout.rows.of(axis))}
+    def _read_products(self, layers: int) -> collections.Counter[tuple[_Product, ...]]:
+        """Products of one activation, in order, and how often such bundles occur."""
+        ratios = [_recompute_ratio(work) for work in self.works.values()]
+        contractions = self.layout.table.contractions
+        signatures = [self._signature(c) for c in contractions]
+        occurrences: collections.Counter[Any] = collections.Counter()
+        for signature, c in zip(signatures, contractions, strict=True):
+            occurrences[signature] += c.trips
+        regions = sequence_regions([layers > 1 and occurrences[s] % layers == 0 for s in signatures])
+        bundles: dict[Any, list[_Product]] = {}
+        for i, (c, signature, region) in enumerate(zip(contractions, signatures, regions, strict=True)):
+            product = self._product(c, region, tuple(ratio.get(signature, 0.0) for ratio in ratios))
+            activation = None if product.weight is None else (c.rhs_key, c.lhs_key)[product.weight]
+            bundles.setdefault(("alone", i) if activation is None else (id(activation), c.trips), []).append(product)
+        return collections.Counter(tuple(bundle) for bundle in bundles.values())
 
-    def _axes(
-        self, place: Placement, names: set[str], *, spill: bool = False, among: set[str] | None = None
-    ) -> set[str]:
-        """Mesh axes that split something with these rows; keys split beyond their heads need groups in the whole."""
-        index = [self._index[name] for name in names]
-        grouped = any(place.groups[self._index[name]] for name in among or names)
-        table = place.rows | place.spill if spill else place.rows
-        return {
-            axis
-            for i in index
-            for j, axis in enumerate(AXES)
-            if table[i, j] and (grouped or not place.beyond[i] or axis != TENSOR)
-        }
-
-    def _activation_flows(self, place: Placement) -> list[Flow]:
-        """Collectives of activations, forward and backward: see the module `search.cost`.
-
-        A product over a split row leaves partial sums: all-reduced forward (row parallel). One whose weight's other row
-        is split has a partial input gradient: all-reduced backward, once per activation (column parallel). With
-        sequence parallelism each of the two is a reduce-scatter and an all-gather, and in a loop the input is gathered
-        once more for the weight's gradient. Keys and values are gathered over context. Experts' inputs and outputs move
-        in all-to-alls.
-        """
-        flows: dict[Any, dict[str, float]] = {}
-
-        def add(kind: str, axis: str, dims: Any, phase: str, trips: float, again: Mapping[str, float] | None = None):
-            names = self._names(dims)
-            split = self._axes(place, names) - ({axis} if kind != "all_to_all" else set())
-            bytes_ = self.activation_width * math.prod(size_of(dim) for dim in dims)
-            batch = any(self.layout.rows[name].role == "batch" for name in names)
-            key = (kind, axis, float(bytes_), tuple(a for a in AXES if a in split), phase, batch)
-            counts = flows.setdefault(key, dict.fromkeys(self.works, 0.0))
-            for remat in counts:
-                counts[remat] += trips * (1.0 if again is None else again[remat])
-
-        seen: set[Any] = set()
-        for c in self.layout.table.contractions:
-            again = {remat: ratio.get(self._signature(c), 0.0) for remat, ratio in self._recomputed.items()}
-            if c.weight is None:
-                self._gathered_keys(place, c, add, again)
-                continue
-            weight, x = self._names(c.weight), c.lhs if c.weight is c.rhs else c.rhs
-            key = c.lhs_key if c.weight is c.rhs else c.rhs_key
-            trained = (c.lhs_origin | c.rhs_origin) & (PARAM | BATCH) == PARAM | BATCH and (
-                (c.lhs_origin if c.weight is c.rhs else c.rhs_origin) & PARAM
-            )
-            contracted = self._names(c.contracted)
-            made = weight - contracted
-            whole = weight | self._names(x)
-            for axis in (CONTEXT, TENSOR):
-                rows_in = axis in self._axes(place, contracted, among=whole)
-                rows_out = axis in self._axes(place, made, among=weight)
-                if rows_in:
-                    scattered = axis == TENSOR and self._scattered(place, c.out)
-                    add("reduce_scatter" if scattered else "all_reduce", axis, c.out, "forward", c.trips)
-                    add("reduce_scatter" if scattered else "all_reduce", axis, c.out, "backward", c.trips, again)
-                    if scattered:
-                        add("all_gather", axis, c.out, "backward", c.trips)
-                elif rows_out and axis not in self._axes(place, self._names(x)):
-                    scattered = axis == TENSOR and self._scattered(place, x)
-                    first = (key, axis) not in seen
-                    seen.add((key, axis))
-                    if scattered and first:
-                        add("all_gather", axis, x, "forward", c.trips)
-                        if c.trips > 1:
-                            add("all_gather", axis, x, "backward", c.trips)
-                    if trained and (first or not self.merges):
-                        add("reduce_scatter" if scattered else "all_reduce", axis, x, "backward", c.trips)
-            # A router makes the row of experts; experts' weights are multiplied one by one.
-            if place.expert > 1 and (c.kind == "ragged" or self._has_experts(c.batch)) and self._has_experts(c.weight):
-                if contracted & self._outside_experts and (key, EXPERT) not in seen:
-                    seen.add((key, EXPERT))
-                    add("all_to_all", EXPERT, x, "forward", c.trips)
-                    add("all_to_all", EXPERT, x, "backward", c.trips)
-                    add("all_to_all", EXPERT, x, "backward", c.trips, again)
-                if made & self._outside_experts:
-                    add("all_to_all", EXPERT, c.out, "forward", c.trips)
-                    add("all_to_all", EXPERT, c.out, "backward", c.trips)
-                    add("all_to_all", EXPERT, c.out, "backward", c.trips, again)
-        out = [
-            Flow(kind, (axis,), bytes_, split, phase, False, batch, counts)  # type: ignore[arg-type]
-            for (kind, axis, bytes_, split, phase, batch), counts in flows.items()
-        ]
-        return out
-
-    def _has_experts(self, dims: Any) -> bool:
-        return any(self.layout.rows[name].role == "expert" for name in self._names(dims))
-
-    def _scattered(self, place: Placement, dims: Any) -> bool:
-        """Whether an activation is split along its length between blocks."""
-        return any(place.spill[self._index[name]].any() for name in self._names(dims))
+    def _product(self, c: Contraction, region: Region, again: tuple[float, ...]) -> _Product:
+        weight = None if c.weight is None else int(c.weight is c.rhs)
+        origin = 0 if weight is None else (c.rhs_origin, c.lhs_origin)[weight]
+        keys = self.layout.table.keys.get(c.out_key, ())
+        rhs_from = len(c.lhs) - len(c.contracted)
+        return _Product(
+            lhs=self._array(c.lhs),
+            rhs=self._array(c.rhs),
+            out=self._array(c.out),
+            weight=weight,
+            contracted=self._rows(c.contracted),
+            attention=bool(c.lhs_origin & c.rhs_origin & PARAM),
+            keys=int(keys[0] >= rhs_from) if keys else None,
+            trained=(c.lhs_origin | c.rhs_origin) & (PARAM | BATCH) == PARAM | BATCH and bool(origin & PARAM),
+            ragged=c.kind == "ragged",
+            batch=self._rows(c.batch),
+            region=region,
+            trips=c.trips,
+            again=again,
+        )
 
     def _signature(self, c: Contraction) -> tuple[frozenset[str], frozenset[str]]:
         return frozenset(self._names(c.contracted)), frozenset(self._names((*c.lhs, *c.rhs, *c.out)))
 
-    def _gathered_keys(self, place: Placement, c: Contraction, add: Any, again: Mapping[str, float]) -> None:
-        """Of two activations whose rows both want one mesh axis: the smaller is gathered, its gradient scattered."""
-        if not (c.lhs_origin & c.rhs_origin & PARAM):
-            return
-        for axis in (CONTEXT, TENSOR):
-            lhs, rhs, out = (
-                sum(axis in self._axes(place, self._names((dim,)), among=self._names(dims)) for dim in dims)
-                for dims in (c.lhs, c.rhs, c.out)
-            )
-            if not (lhs and rhs and max(lhs, rhs, out) > 1):
-                if lhs and rhs and not out:
-                    add("all_reduce", axis, c.out, "forward", c.trips)
-                continue
-            smaller = min((c.lhs, c.rhs), key=lambda dims: math.prod(size_of(dim) for dim in dims))
-            one = smaller if lhs == rhs else c.lhs if lhs < rhs else c.rhs
-            add("all_gather", axis, one, "forward", c.trips)
-            add("all_gather", axis, one, "backward", c.trips)
-            add("reduce_scatter", axis, one, "backward", c.trips)
+    def _names(self, dims: Any) -> set[str]:
+        return {r.name for dim in dims for axis in leaves(dim) if (r := self.layout.rows.of(axis))}
 
-    def _lookup_flows(self, place: Placement) -> list[Flow]:
-        """Sums over a split row that no product makes: rows of an embedding, the softmax over a vocabulary."""
-        flows: dict[Any, dict[str, float]] = {}
-        for remat, work in self.works.items():
-            for op in work.ops:
+    def _read_lookups(self, layers: int) -> dict[_Lookup, list[float]]:
+        found: dict[_Lookup, list[float]] = {}
+        for k, work in enumerate(self.works.values()):
+            merged = work.merged()
+            for op, region in zip(merged.ops, op_regions(merged, layers), strict=True):
                 if op.kind not in ("gather", "reduce"):
                     continue
-                names = [
-                    {n for dim in array.axes for n in dim if n in self._index} for array in (*op.reads, *op.writes)
-                ]
-                if TENSOR not in self._axes(place, set().union(*names[: len(op.reads)])):
-                    continue
-                for array, held in zip(op.writes, names[len(op.reads) :], strict=True):
-                    batch = any(self.layout.rows[n].role == "batch" for n in held)
-                    if not batch or TENSOR in self._axes(place, held):
-                        continue
-                    scattered = op.kind == "gather" and any(place.spill[self._index[n]].any() for n in held)
-                    split = tuple(a for a in AXES if a in self._axes(place, held))
+                read = self._named(n for array in op.reads for dim in array.axes for n in dim)
+                read |= self._named(op.contracted)
+                for array in op.writes:
+                    made = self._named(n for dim in array.axes for n in dim)
                     phase = "forward" if op.phase == "forward" else "backward"
+                    lookup = _Lookup(op.kind == "gather", read, made, array.bytes, phase, region)
+                    found.setdefault(lookup, [0.0] * len(self.works))[k] += op.trips
+        return found
+
+    def _named(self, names: Iterable[str]) -> int:
+        return _bits(self._index[name] for name in names if name in self._index)
+
+    # One placement.
+
+    def _bundle(self, place: Placement, split: _Split, bundle: tuple[_Product, ...], count: int, found: _Flows) -> None:
+        summed: set[str] = set()
+        routed = False
+        for p in bundle:
+
+            def add(kind: str, axis: str, array: _Array, phase: str, again: Sequence[float] | None = None, p=p):
+                found.add(kind, axis, array, phase, p.region, count * p.trips, again)
+
+            if p.weight is None:
+                self._gathered_keys(split, p, add)
+                continue
+            x, weight = p.operand(1 - p.weight), p.operand(p.weight).rows
+            made = weight & ~p.contracted
+            for axis in (CONTEXT, TENSOR):
+                bit = _BIT[axis]
+                if split.axes(p.contracted, weight | x.rows) & bit:
+                    scattered = axis == TENSOR and bool(split.spilled & p.out.rows)
                     kind = "reduce_scatter" if scattered else "all_reduce"
-                    key = (kind, float(array.bytes), split, phase)
-                    flows.setdefault(key, {})[remat] = flows.get(key, {}).get(remat, 0.0) + op.trips
+                    add(kind, axis, p.out, "forward")
+                    add(kind, axis, p.out, "backward", p.again)
+                    if scattered:
+                        add("all_gather", axis, p.out, "backward")
+                elif split.axes(made, weight) & bit and not split.axes(x.rows) & bit:
+                    scattered = axis == TENSOR and bool(split.spilled & x.rows)
+                    first = axis not in summed
+                    summed.add(axis)
+                    if scattered and first:
+                        add("all_gather", axis, x, "forward")
+                        if p.trips > 1:
+                            add("all_gather", axis, x, "backward")
+                    if p.trained and (first or not self.merges):
+                        add("reduce_scatter" if scattered else "all_reduce", axis, x, "backward")
+            if split.axes(x.rows & ~weight, x.rows) & _BIT[TENSOR] and not split.axes(weight) & _BIT[TENSOR]:
+                # Its gradient is a sum over what tensor splits.
+                add("all_reduce", TENSOR, p.operand(p.weight), "backward")
+            # A router makes the row of experts; experts' weights are multiplied one by one.
+            if place.expert > 1 and weight & self._experts and (p.ragged or p.batch & self._experts):
+                if p.contracted & self._outside_experts and not routed:
+                    routed = True
+                    add("all_to_all", EXPERT, x, "forward")
+                    add("all_to_all", EXPERT, x, "backward")
+                    add("all_to_all", EXPERT, x, "backward", p.again)
+                if made & self._outside_experts:
+                    add("all_to_all", EXPERT, p.out, "forward")
+                    add("all_to_all", EXPERT, p.out, "backward")
+                    add("all_to_all", EXPERT, p.out, "backward", p.again)
+
+    def _gathered_keys(self, split: _Split, p: _Product, add: Callable[..., None]) -> None:
+        """Of two activations whose rows want one mesh axis, the keys or values are gathered, their gradient scattered.
+
+        Without a sign of which those are, it is the one with fewer split dimensions, or the smaller.
+        """
+        if not p.attention:
+            return
+        for axis in (CONTEXT, TENSOR):
+            bit = _BIT[axis]
+            lhs, rhs, out = (
+                sum(bool(split.axes(dim, array.rows) & bit) for dim in array.dims) for array in (p.lhs, p.rhs, p.out)
+            )
+            if lhs and rhs and max(lhs, rhs, out) > 1:
+                smaller = int(p.rhs.elements < p.lhs.elements)
+                one = p.operand(int(rhs < lhs) if lhs != rhs else smaller if p.keys is None else p.keys)
+                add("all_gather", axis, one, "forward")
+                # Outside of loops, what was gathered is kept unless it is computed again.
+                add("all_gather", axis, one, "backward", None if p.trips > 1 else p.again)
+                add("reduce_scatter", axis, one, "backward")
+            elif lhs and rhs and not out:
+                add("all_reduce", axis, p.out, "forward")
+        for one in (p.lhs, p.rhs):
+            if one.rows & split.beyond and not one.rows & split.groups:
+                heads = math.prod(self._sizes[i] for i in _indices(one.rows & split.beyond))
+                add("all_reduce", TENSOR, dataclasses.replace(one, elements=one.elements // heads), "backward")
+                add("all_gather", TENSOR, one, "backward")
+
+    def _lookup(self, split: _Split, op: _Lookup, counts: Sequence[float], found: _Flows) -> None:
+        """Sums over a split row that no product makes: rows of an embedding, the softmax over a vocabulary."""
+        batch = bool(op.made & self._batch)
+        if not batch or not split.axes(op.read) & _BIT[TENSOR] or split.axes(op.made) & _BIT[TENSOR]:
+            return
+        scattered = op.scatters and bool(op.made & split.spilled)
+        kind = "reduce_scatter" if scattered else "all_reduce"
+        found.count((kind, TENSOR, float(op.bytes), split.axes(op.made), op.phase, True, op.region), counts)
+        if scattered and op.phase == "forward":
+            key = ("all_gather", TENSOR, float(op.bytes), split.axes(op.made), "backward", True, op.region)
+            found.count(key, counts)
+
+
+class _Flows:
+    """Flows of one placement that are alike, with the sum of their counts per rematerialisation."""
+
+    def __init__(self, remats: Sequence[Any], width: int, split: _Split, batch: int):
+        self.remats, self.width, self.split, self.batch = remats, width, split, batch
+        self._counts: dict[Any, list[float]] = {}
+
+    def add(
+        self, kind: str, axis: str, array: _Array, phase: str, region: Region, times: float, again: Any = None
+    ) -> None:
+        rows = array.rows
+        split = self.split.axes(rows) & (-1 if kind == "all_to_all" else ~_BIT[axis])
+        key = (kind, axis, float(self.width * array.elements), split, phase, bool(rows & self.batch), region)
+        self.count(key, [times] * len(self.remats) if again is None else [times * a for a in again])
+
+    def count(self, key: Any, times: Sequence[float]) -> None:
+        if any(times):
+            counts = self._counts.setdefault(key, [0.0] * len(self.remats))
+            counts[:] = [a + b for a, b in zip(counts, times, strict=True)]
+
+    def flows(self) -> list[Flow]:
         return [
-            Flow(kind, (TENSOR,), bytes_, split, phase, False, True, counts)
-            for (kind, bytes_, split, phase), counts in flows.items()
+            Flow(
+                kind,
+                (axis,),
+                bytes_,
+                _AXES_OF[split & ~_BIT[axis] if kind != "all_to_all" else split],
+                phase,
+                hides=False,
+                batch=batch,
+                count=dict(zip(self.remats, counts, strict=True)),
+                region=region,
+            )
+            for (kind, axis, bytes_, split, phase, batch, region), counts in self._counts.items()
         ]
 
 
-def param_flows(traffic: Sequence[Mapping[Any, float]]) -> list[Flow]:
-    """Gathers and reduce-scatters of what lies split over fsdp, and the sum of gradients; bytes per fsdp size."""
+def param_flows(traffic: Sequence[Mapping[Any, float]], *, merges: bool, expert: int) -> list[Flow]:
+    """Gathers of what lies split over fsdp, and the sums of gradients; bytes per fsdp size.
+
+    Args:
+        traffic: per fsdp size, the last being the one without data parallelism: bytes by mesh axes that split a
+            parameter while computing, whether fsdp is gathered besides, trips, whether it has a gradient, bytes of an
+            element, number of its gradients that are summed apart, and region.
+        merges: whether the compiler makes one sum of those over the batch and over context.
+        expert: size of the mesh axis.
+    """
     gathers: dict[Any, np.ndarray] = {}
     sums: dict[Any, np.ndarray] = {}
+    last = len(traffic) - 1
     for i, by_class in enumerate(traffic):
-        for (split, gathered, trips, floating, itemsize, region), bytes_ in by_class.items():
+        for (split, gathered, trips, floating, itemsize, parts, region), bytes_ in by_class.items():
             if gathered:
-                found = gathers.setdefault((split, trips, floating, region), np.zeros(len(traffic)))
+                found = gathers.setdefault((split, trips, region), np.zeros(len(traffic)))
                 found[i] += bytes_ / trips
-            if floating:
-                axes = tuple(a for a in (*BATCH_AXES, CONTEXT) if a not in split and not (gathered and a == FSDP))
-                held = (*split, FSDP) if gathered else split
-                found = sums.setdefault((axes, held, region), np.zeros((2, len(traffic))))
-                found[:, i] += bytes_, bytes_ * max(1.0, 4 / itemsize)
+            if not floating:
+                continue
+            batch = tuple(axis for axis in BATCH_AXES if axis not in split)
+            kinds: list[tuple[str, tuple[str, ...]]] = [("all_reduce", batch)]
+            if gathered and i == last and (expert == 1 or EXPERT not in batch):
+                kinds = [("reduce_scatter", (FSDP,))]
+            if merges and kinds[0][0] == "all_reduce":
+                kinds = [("all_reduce", (*batch, CONTEXT))]
+            else:
+                kinds.insert(0, ("all_reduce", (CONTEXT,)))
+            for kind, axes in kinds:
+                # What is gathered in a loop or not is summed in the backward pass that made it.
+                key = (kind, axes, split, trips if gathered else 0, region)
+                found = sums.setdefault(key, np.zeros((2, len(traffic))))
+                found[:, i] += parts * bytes_, parts * bytes_ * max(1.0, 4 / itemsize)
     flows = []
-    for (split, trips, floating, region), bytes_ in gathers.items():
+    for (split, trips, region), bytes_ in gathers.items():
         count = {"": float(trips)}
         flows.append(Flow("all_gather", (FSDP,), bytes_, split, "forward", True, False, count, region=region))
         # Outside of loops the compiler keeps what it gathered for the backward pass (seen in XLA's HLO).
@@ -216,11 +397,80 @@ def param_flows(traffic: Sequence[Mapping[Any, float]]) -> list[Flow]:
             flows.append(
                 Flow("all_gather", (FSDP,), bytes_, split, "backward", True, False, count, region=region, again=True)
             )
-        if floating:
-            flows.append(Flow("reduce_scatter", (FSDP,), bytes_, split, "backward", True, False, count, region=region))
-    for (axes, held, region), (bytes_, summed) in sums.items():
-        flows.append(Flow("all_reduce", axes, bytes_, held, "step", True, False, {"": 1.0}, summed, region))
+    for (kind, axes, split, trips, region), (bytes_, summed) in sums.items():
+        if trips:
+            count = {"": float(trips)}
+            flows.append(Flow(kind, axes, bytes_ / trips, split, "backward", True, False, count, region=region))
+        else:
+            flows.append(Flow(kind, axes, bytes_, split, "step", True, False, {"": 1.0}, summed, region))
     return flows
+
+
+SAME_SUM = frozenset(
+    ("broadcast_in_dim", "reshape", "transpose", "convert_element_type", "squeeze", "expand_dims", "copy", *ELEMENTWISE)
+)
+"""What leaves a gradient as large as it was when it is summed over devices: broadcast ones are summed before."""
+
+
+def gradient_sums(layout: Layout, *, merges: bool) -> list[float]:
+    """Elements of each parameter's gradients that are summed over devices, over its own elements; in leaf order.
+
+    A gradient is summed where the weight, or what is computed from it alone (a table of positions looked up once for
+    all layers), meets the batch. A weight used several times (a tied table) has several, one where they are merged.
+    """
+    scope = layout.table.scope
+    variables = scope.jaxpr.invars[layout.traced.arg_slice(layout.params)]
+    sizes = [max(1, math.prod(shape_of(var))) for var in variables]
+    total = [0.0] * len(variables)
+
+    def visit(scope: Scope, known: dict[Var, tuple[int, float]]) -> None:
+        uses: collections.Counter[Var] = collections.Counter()
+        for position, eqn in enumerate(scope.jaxpr.eqns):
+            here = [a for a in dict.fromkeys(a for a in eqn.invars if isinstance(a, Var)) if a in known]
+            if not here:
+                continue
+            largest = max(here, key=lambda a: known[a][1])
+            if all(scope.origin[var] == PARAM for var in eqn.outvars):
+                index, size = known[largest]
+                if eqn.primitive.name in SAME_SUM:
+                    known |= dict.fromkeys(eqn.outvars, (index, size))
+                else:
+                    per_element = size / max(1, math.prod(shape_of(largest)))
+                    known |= {var: (index, per_element * math.prod(shape_of(var))) for var in eqn.outvars}
+                continue
+            children = scope.children.get(position)
+            if not children:
+                uses.update(here)
+            for child in children or ():
+                atoms = eqn.invars[len(eqn.invars) - len(child.jaxpr.invars) :]
+                if len(atoms) < len(child.jaxpr.invars):
+                    continue
+                inner: dict[Var, tuple[int, float]] = {}
+                for var, atom in zip(child.jaxpr.invars, atoms, strict=True):
+                    if isinstance(atom, Var) and atom in known:
+                        inner[var] = known[atom]
+                visit(child, inner)
+        for var, count in uses.items():
+            index, size = known[var]
+            total[index] += size * (1 if merges else count)
+
+    visit(scope, {var: (i, float(n)) for i, (var, n) in enumerate(zip(variables, sizes, strict=True))})
+    return [max(1.0, t / n) for t, n in zip(total, sizes, strict=True)]
+
+
+def _union(rows: Iterable[int]) -> int:
+    union = 0
+    for row in rows:
+        union |= row
+    return union
+
+
+def _bits(indices: Iterable[int]) -> int:
+    return _union(1 << int(i) for i in indices)
+
+
+def _indices(rows: int) -> list[int]:
+    return [i for i in range(rows.bit_length()) if rows >> i & 1]
 
 
 def _recompute_ratio(work: Workload) -> dict[tuple[frozenset[str], frozenset[str]], float]:

@@ -62,7 +62,7 @@ class Op:
         batch, m, n, k: sizes of a product, 0 for what is none. Of a convolution m are positions, k a window's inputs.
         reads, writes: arrays moved; of a product, the operands and the result.
         axes: rows over which the work divides: of all arrays of a product, of the largest array of a loop.
-        contracted: rows that a product sums over.
+        contracted: rows that a product sums over; of a lookup, those of what it picks from.
         trips: executions per step.
         known: whether `trips` and the cost are certain.
         dtype: of a product's first operand, of a loop's result.

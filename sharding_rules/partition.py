@@ -111,7 +111,9 @@ def array_spec(
             else:
                 if assignment.beyond_keys(axis, assignment.ways(names)):
                     # Queries are split within the groups of a key: no mesh axis says so where the two are apart.
-                    misaligned |= {i, *_dimensions_of_role(assignment, resolved, "groups")}
+                    # Keys by themselves are whole on every device.
+                    groups = _dimensions_of_role(assignment, resolved, "groups")
+                    misaligned |= {i, *groups} if groups else set()
                 reasons.append(
                     f"dimension {i} ({row}, {axis.size}) stays whole: "
                     f"{name}={assignment.mesh.sizes[name]} does not divide it"

@@ -230,10 +230,23 @@ class Pinner:
             return values
         # What is split between blocks only is gathered where it enters one: once, before the products that share it.
         product = bool(self.assignment.spill) and PARAM in origins and eqn.primitive.name in PRODUCTS
+        dot = eqn.primitive.name == "dot_general"
         return [
-            self.pin(x, scope.dims[atom], spill=False) if isinstance(atom, Var) and (origin == PARAM or product) else x
+            self.pin(x, scope.dims[atom], spill=False)
+            if isinstance(atom, Var) and (origin == PARAM or product or (dot and self._whole_keys(scope.dims[atom])))
+            else x
             for x, origin, atom in zip(values, origins, eqn.invars, strict=True)
         ]
+
+    def _whole_keys(self, dims: Dims) -> bool:
+        """Whether an array has keys or values that are split further than their heads, and are whole for that."""
+        axes = [axis for dim in dims for axis in leaves(dim)]
+        rows = [row for axis in axes if (row := self.assignment.rows.of(axis))]
+        return all(row.role != "groups" for row in rows) and any(
+            self.assignment.beyond_keys(axis, self.assignment.ways(self.assignment.compute.get(row.name, ())))
+            for axis in axes
+            if (row := self.assignment.rows.of(axis))
+        )
 
     def _gathering(self, scope: Scope, product: Callable[..., Any]) -> Callable[..., Any]:
         """A product that gathers its weight: again in the backward pass, where a loop would stack up those of all
