@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from search.memory import StepBytes, step_bytes
+from search.memory import ActivationMemory, StepBytes, step_bytes
 from search.plan import Plan
 from sharding_rules import MeshShape, PlanError, TracedFunction, format_bytes, make_layout
 
@@ -50,6 +50,7 @@ def auto_plan(
         PlanError: nothing fits; the message has the closest candidate and what it lacks.
     """
     layout = make_layout(traced, MeshShape(), "data")
+    memory = ActivationMemory(traced, layout)
     rows = max((x.shape[0] for x in jax.tree.leaves(traced.arg("batch")) if x.shape), default=1)
     budget = HEADROOM * memory_bytes
     closest: tuple[int, str, Plan] | None = None
@@ -67,7 +68,12 @@ def auto_plan(
             continue
         for remat, microbatches in _savings(rows // shape.batch_shards):
             bytes_ = step_bytes(
-                here, abstract_opt_state, remat=remat, microbatches=microbatches, param_dtype=param_dtype
+                here,
+                abstract_opt_state,
+                remat=remat,
+                microbatches=microbatches,
+                param_dtype=param_dtype,
+                memory=memory,
             )
             plan = Plan(shape, preset, (), microbatches, remat, param_dtype=param_dtype, compute_dtype=compute_dtype)
             if bytes_.total <= budget:

@@ -29,8 +29,7 @@ from search.regions import count_layers
 from search.resident import Body, Kept
 from search.shares import Arrays, LayoutSplits, Splits, splits_of
 from sharding_rules import Layout, TracedFunction
-from sharding_rules.axes import BATCH, PARAM, Scope, loop_parts, shape_of
-from sharding_rules.partition import array_spec, tree_bytes
+from sharding_rules.partition import tree_bytes
 
 __all__ = [
     "ActivationBytes",
@@ -89,18 +88,20 @@ class ActivationMemory:
         fused_attention: bool = False,
         steps: Mapping[Remat, Step] | None = None,
     ):
-        self.row_names = tuple(row.name for row in layout.rows.rows)
+        self._traced, self._layout, self._fused_attention = traced, layout, fused_attention
+        self._remats = tuple(remats)
         self._steps = dict(steps or {})
-        self._batch_rows = frozenset(row.name for row in layout.rows.rows if row.role == "batch")
         self._programs: dict[str, _Program] = {}
-        layers = count_layers(layout)
-        for remat in remats:
-            step = self._steps.get(remat) or analyse_step(traced, remat=remat, params=layout.params)
-            self._programs[remat] = _Program(
-                step, self.row_names, self._batch_rows, layers=layers, fused_attention=fused_attention
-            )
 
-    def bytes(self, place: Splits, remat: str, microbatches: Any = 1, fsdp: Any = 1) -> ActivationBytes:
+    def _program(self, remat: Remat) -> _Program:
+        if remat not in self._programs:
+            if remat not in self._remats:
+                raise ValueError(f"remat={remat!r}; this memory was made for {', '.join(self._remats)}")
+            step = self._steps.pop(remat, None) or analyse_step(self._traced, remat=remat, params=self._layout.params)
+            self._programs[remat] = _Program(step, self._layout, fused_attention=self._fused_attention)
+        return self._programs[remat]
+
+    def bytes(self, place: Splits, remat: Remat, microbatches: Any = 1, fsdp: Any = 1) -> ActivationBytes:
         """Bytes of candidates of one placement with one rematerialisation.
 
         Args:
@@ -110,16 +111,16 @@ class ActivationMemory:
             fsdp: sizes of the fsdp axis, one per candidate or one for all.
         """
         parts, shards = np.broadcast_arrays(np.atleast_1d(microbatches), np.atleast_1d(fsdp))
-        return self._programs[remat].bytes(place, parts.astype(np.float64), shards.astype(np.float64))
+        return self._program(remat).bytes(place, parts.astype(np.float64), shards.astype(np.float64))
 
 
 class _Program:
     """One rematerialisation: what is kept, and the bodies with what is alive in them."""
 
-    def __init__(
-        self, step: Step, rows: Sequence[str], batch_rows: frozenset[str], *, layers: int, fused_attention: bool
-    ):
-        self.arrays = Arrays(rows, batch_rows)
+    def __init__(self, step: Step, layout: Layout, *, fused_attention: bool):
+        rows = layout.rows.rows
+        self.arrays = Arrays([row.name for row in rows], [row.name for row in rows if row.role == "batch"])
+        layers = count_layers(layout)
         scores = score_keys(step) if fused_attention else None
         self.body = Body(self.arrays, step, step.table.scope, Where(), scores)
         kept = self.body.kept()
@@ -156,24 +157,6 @@ def _counts(kept: Sequence[Kept]) -> list[int]:
     return [total[k.like] for k in kept]
 
 
-# By hand, of one layout: what `search.auto` takes.
-
-NOT_SAVED = frozenset(
-    """add add_any sub neg broadcast_in_dim reshape transpose squeeze expand_dims convert_element_type slice split
-    concatenate reduce_sum copy copy_p stop_gradient select_n iota pad rev dynamic_slice jit pjit closed_call scan
-    while cond checkpoint remat remat2 custom_jvp_call custom_vjp_call sharding_constraint
-    optimization_barrier""".split()
-)
-"""Linear or cheap operations whose results no derivative needs, and calls, whose insides are counted instead."""
-
-
-SAVED_TWICE = frozenset(
-    """acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma div erf erf_inv erfc expm1 integer_pow lgamma log
-    log1p logistic pow rsqrt sin sinh sqrt square tan tanh""".split()
-)
-"""Operations whose derivative is a factor of its own (the cosine of a sine), saved beside the result."""
-
-
 @dataclasses.dataclass(frozen=True)
 class StepBytes:
     """Bytes per device, by part (analytic)."""
@@ -189,9 +172,15 @@ class StepBytes:
 
 
 def step_bytes(
-    layout: Layout, abstract_opt_state: Any, *, remat: str, microbatches: int, param_dtype: str = "float32"
+    layout: Layout,
+    abstract_opt_state: Any,
+    *,
+    remat: Remat,
+    microbatches: int,
+    param_dtype: str = "float32",
+    memory: ActivationMemory | None = None,
 ) -> StepBytes:
-    """Count the bytes per device of a training step.
+    """Count the bytes per device of a training step: parameters and optimizer state exactly, by their specs.
 
     Args:
         layout: of the loss traced on the whole global batch.
@@ -199,6 +188,7 @@ def step_bytes(
         remat: "none", "dots" or "full".
         microbatches: activations are those of one microbatch.
         param_dtype: dtype of the stored parameters; gradients are summed in float32 or wider.
+        memory: of the loss on any mesh, where several layouts of it are counted.
     """
     width = jnp.dtype(param_dtype).itemsize
     elements = 0
@@ -207,64 +197,14 @@ def step_bytes(
     ):
         elements += math.prod(leaf.shape) // layout.assignment.ways([a for entry in rest.entries for a in entry])
     optimizer = tree_bytes(abstract_opt_state, layout.state_specs(abstract_opt_state), layout.mesh_shape)
-    activations = activation_bytes(layout, remat) // microbatches
+    activations = activation_bytes(layout, remat, microbatches=microbatches, memory=memory)
     return StepBytes(elements * width, elements * max(width, 4), optimizer, activations)
 
 
-def activation_bytes(layout: Layout, remat: str) -> int:
-    """Bytes per device that the backward pass of one pass over the traced batch keeps, with the largest block's
-    transients.
-    """
-    saved = 0
-    block = 0
-    for scope in layout.table.scope.walk():
-        inside = scope.trips > 1 and remat != "none"
-        everything = sum(_bytes(layout, scope, var) * times for var, times in _needed(scope))
-        if not inside:
-            saved += everything * scope.trips
-            continue
-        block = max(block, everything)
-        if remat == "dots":
-            saved += scope.trips * sum(
-                _bytes(layout, scope, eqn.outvars[0])
-                for eqn in scope.jaxpr.eqns
-                if eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][1][0]
-            )
-    if remat != "none":
-        saved += _carries(layout)
-    return saved + block
-
-
-def _needed(scope: Scope) -> list[tuple[Any, int]]:
-    """Results that a backward pass may need, and how many arrays of their size."""
-    return [
-        (var, 2 if eqn.primitive.name in SAVED_TWICE else 1)
-        for eqn in scope.jaxpr.eqns
-        if eqn.primitive.name not in NOT_SAVED
-        for var in eqn.outvars
-        if scope.origin.get(var) == PARAM | BATCH and shape_of(var)
-    ]
-
-
-def _carries(layout: Layout) -> int:
-    """The inputs of every block: what a loop carries, once per iteration."""
-    total = 0
-    for scope in layout.table.scope.walk():
-        for position, eqn in enumerate(scope.jaxpr.eqns):
-            if eqn.primitive.name == "scan":
-                (body,) = scope.children[position]
-                start, carry = loop_parts(eqn)
-                for var in body.jaxpr.invars[start : start + carry]:
-                    if body.origin[var] & BATCH and jnp.issubdtype(_dtype(var), jnp.floating):
-                        total += _bytes(layout, body, var) * body.trips
-    return total
-
-
-def _bytes(layout: Layout, scope: Scope, var: Any) -> int:
-    shares = array_spec(layout.assignment, scope.dims[var], spill=True)
-    ways = layout.assignment.ways([a for entry in shares.entries for a in entry])
-    return math.prod(shape_of(var)) * _dtype(var).itemsize // ways
-
-
-def _dtype(var: Any) -> Any:
-    return var.aval.dtype
+def activation_bytes(
+    layout: Layout, remat: Remat, *, microbatches: int = 1, memory: ActivationMemory | None = None
+) -> int:
+    """Bytes per device of activations of one layout: see `ActivationMemory`."""
+    memory = memory or ActivationMemory(layout.traced, layout, (remat,))
+    found = memory.bytes(splits_of(layout), remat, microbatches, layout.mesh_shape.fsdp)
+    return int(found.total[0])

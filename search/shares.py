@@ -74,9 +74,9 @@ def splits_of(layout: Layout) -> LayoutSplits:
 class Arrays:
     """Arrays as columns: bytes, which of the distinct sets of rows they have, and whether the batch is among them."""
 
-    def __init__(self, rows: Sequence[str], batch_rows: frozenset[str]):
+    def __init__(self, rows: Sequence[str], batch_rows: Sequence[str]):
         self._column = {name: i for i, name in enumerate(rows)}
-        self.batch_rows = batch_rows
+        self.batch_rows = frozenset(batch_rows)
         self._sets: dict[frozenset[str], int] = {}
         self.bytes: list[float] = []
         self.set: list[int] = []
