@@ -69,8 +69,10 @@ class Explain:
         terminal.print(pairs(loaded.words(plan)), "")
         terminal.print(estimate_table(estimate), "")
         terminal.print(pairs([("bound by", estimate.binds)]), "")
-        if moves:
+        if estimate.communication:
             terminal.print(collective_table(moves, estimate), "")
+        if plan.mesh.stage > 1:
+            terminal.line(f"Inside each of the {plan.mesh.stage} stages, as if it held all layers:")
         terminal.line(axes)
         if plan.param_dtype != plan.compute_dtype:
             terminal.line(f"(bytes in {plan.compute_dtype}, as in use; at rest parameters are {plan.param_dtype})")

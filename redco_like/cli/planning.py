@@ -257,9 +257,9 @@ def estimated(loaded: Loaded, plan: Plan) -> Plan:
 
 
 def layout(loaded: Loaded, plan: Plan) -> Layout:
-    """Which array of the model is split how."""
+    """Which array of the model is split how; of a pipeline, inside one stage."""
     with bad_input():
-        return loaded.model.layout.on(plan.mesh, plan.preset, rules=plan.rules)
+        return loaded.model.layout.on(dataclasses.replace(plan.mesh, stage=1), plan.preset, rules=plan.rules)
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:

@@ -162,9 +162,9 @@ def collective_table(rows: Sequence[Collective], estimate: Estimate) -> Table:
         ("exposed", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for axis in dict.fromkeys(row.axis for row in rows):
-        mine = [row for row in rows if row.axis == axis]
-        for row in mine:
+    for axis in dict.fromkeys((*(row.axis for row in rows), *estimate.communication)):
+        totals = estimate.communication.get(axis, {})
+        for row in (row for row in rows if row.axis == axis):
             table.add_row(
                 " x ".join(row.axes),
                 row.kind.replace("_", "-"),
@@ -174,13 +174,12 @@ def collective_table(rows: Sequence[Collective], estimate: Estimate) -> Table:
                 units.seconds(row.seconds),
                 "hides" if row.hides else units.seconds(row.seconds),
             )
-        totals = estimate.communication.get(axis, {})
         table.add_row(
             f"[bold]{axis}[/]",
             "",
             "",
             "",
-            units.size(sum(row.bytes for row in mine)),
+            units.size(totals.get("bytes", 0.0)),
             units.seconds(totals.get("seconds", 0.0)),
             units.seconds(totals.get("exposed", 0.0)),
             style="bold",

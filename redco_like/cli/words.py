@@ -64,7 +64,7 @@ def describe(
     if training:
         lines.append((f"remat {plan.remat}", REMAT[plan.remat]))
     if plan.offload:
-        lines.append(("offload", f"{' and '.join(OFFLOAD[x] for x in plan.offload)} wait in the host's memory"))
+        lines.append(("offload", f"in the host's memory while not used: {', '.join(OFFLOAD[x] for x in plan.offload)}"))
     if plan.rules:
         lines.append(("rules", "; ".join(f"{pattern} as {_spec(spec)}" for pattern, spec in plan.rules)))
     if plan.planned:
