@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from search import Plan, activation_bytes, auto_plan, step_bytes
+from search import Plan, auto_plan, step_bytes
 from sharding_rules import MeshShape, PlanError, format_bytes, make_layout, make_mesh, trace
 
 EMBED, MLP, VOCAB, LAYERS, BATCH, LENGTH = 32, 128, 64, 4, 16, 8
@@ -58,13 +58,13 @@ def test_fsdp_is_taken_where_the_parameters_do_not_fit():
 
 
 def test_everything_is_recomputed_before_the_batch_is_cut():
-    taken = [plan_for(memory) for memory in (KEPT // 2, KEPT // 3, KEPT // 4, KEPT // 5)]
+    taken = [plan_for(memory) for memory in (KEPT // 2, KEPT // 3, 2 * KEPT // 7, KEPT // 4)]
     order = [("none", "dots", "full").index(plan.remat) + plan.microbatches for plan in taken]
     assert order == sorted(order)
     assert taken[-1].remat != "none"
 
 
-@pytest.mark.parametrize("memory", [10 * KEPT, KEPT, KEPT // 2, KEPT // 4, KEPT // 5])
+@pytest.mark.parametrize("memory", [10 * KEPT, KEPT, KEPT // 2, KEPT // 3, KEPT // 4])
 def test_what_is_taken_fits_by_its_own_count(memory):
     plan = plan_for(memory)
     assert plan.mesh.size == 8
@@ -73,7 +73,7 @@ def test_what_is_taken_fits_by_its_own_count(memory):
 
 
 def test_less_memory_never_needs_more_bytes():
-    totals = [bytes_of(plan_for(memory)).total for memory in (10 * KEPT, KEPT, KEPT // 3, KEPT // 5)]
+    totals = [bytes_of(plan_for(memory)).total for memory in (10 * KEPT, KEPT, KEPT // 3, KEPT // 4)]
     assert totals == sorted(totals, reverse=True)
 
 
@@ -106,7 +106,7 @@ def test_nothing_fits_says_what_is_needed():
     preset, mesh, microbatches, needed = closest.groups()
     plan = Plan(MeshShape.parse(mesh), preset, microbatches=int(microbatches), remat="full")
     assert needed == format_bytes(bytes_of(plan).total)
-    assert bytes_of(plan).total <= bytes_of(plan_for(KEPT // 5)).total
+    assert bytes_of(plan).total <= bytes_of(plan_for(KEPT // 4)).total
 
 
 def test_a_mesh_that_the_model_cannot_use_names_the_dimension():
@@ -154,27 +154,3 @@ def test_half_precision_parameters_are_counted_as_such():
     layout = make_layout(TRACED, MeshShape(), "data")
     counted = step_bytes(layout, OPTIMIZER, remat="none", microbatches=1, param_dtype="bfloat16")
     assert (counted.params, counted.gradients) == (2 * ELEMENTS, 4 * ELEMENTS)
-
-
-def test_activations_are_an_upper_bound_of_what_is_saved():
-    layout = make_layout(TRACED, MeshShape(), "data")
-    mesh = make_mesh(MeshShape(), jax.devices()[:1])
-    shapes = [leaf.shape for leaf in jax.tree.leaves(TRACED.args)]
-    counted, saved = {}, {}
-    for remat in ("none", "full"):
-        fn = layout.pin(mesh, remat)
-        _, vjp = jax.eval_shape(lambda p, b, fn=fn: jax.vjp(fn, p, b), *TRACED.args)
-        saved[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(vjp) if x.shape not in shapes)
-        counted[remat] = activation_bytes(layout, remat)
-    assert saved["none"] <= counted["none"] <= 2 * saved["none"]
-    # While one block of the four is recomputed, all that it saves is there too.
-    assert saved["full"] <= counted["full"] <= counted["none"] / 2
-
-
-def test_activations_shrink_with_devices_remat_and_microbatches():
-    one = make_layout(TRACED, MeshShape(), "data")
-    assert activation_bytes(one, "full") < activation_bytes(one, "dots") < activation_bytes(one, "none")
-    eight = one.on(MeshShape(data=8), "data")
-    assert activation_bytes(eight, "none") * 8 == activation_bytes(one, "none")
-    counted = [step_bytes(one, OPTIMIZER, remat="none", microbatches=m).activations for m in (1, 4)]
-    assert counted[0] == 4 * counted[1]
