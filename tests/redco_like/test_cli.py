@@ -441,6 +441,31 @@ def test_report_writes_one_page(run, plan_file, tmp_path):
     assert str(out) in text
 
 
+def test_profile_writes_a_cluster_that_plan_reads(run, run_file, tmp_path, monkeypatch):
+    class Measured:
+        def to_toml(self):
+            return 'name = "mine"\ncluster = "8xA100-80"\n'
+
+        def __str__(self):
+            return "a constant, measured"
+
+    def measure(progress):
+        progress("products")
+        return Measured()
+
+    monkeypatch.setattr("redco_like.profile.profile_devices", measure)
+    out = tmp_path / "mine.toml"
+    code, text, err = run("profile", "--out", out)
+    assert (code, err) == (0, "")
+    assert "a constant, measured" in text
+    code, text, _ = run("plan", "--model", run_file, "--cluster", out, "--runners-up", 0)
+    assert code == 0
+    assert "mine: 8 x A100-80" in text
+    code, out, err = run("profile", "--out", tmp_path / "mine.json")
+    assert (code, out) == (2, "")
+    assert "mine.toml" in err
+
+
 # Parts.
 
 
