@@ -49,16 +49,24 @@ class Block:
     def __init__(self, step: Step, where: Where, scores: frozenset[Any] | None):
         self.step, self.where, self.scores = step, where, scores
         self.units = Units()
-        self.nested: list[Unit] = []
+        self.nested: list[tuple[int, list[Unit]]] = []
+        """Units of the bodies inside, with how many of this body's units come before."""
+        self.own: list[Unit] = []
+        """Joined units of this body alone, once it has run."""
         self.roots: dict[Value, tuple[Value, ...]] = {}
         self.level: dict[Value, int] = {}
 
     def run(self, scope: Scope) -> list[Unit]:
-        """The units of a whole body, joined."""
+        """The units of a whole body, joined, in the order of the program."""
         self._walk(scope, self.where)
         for atom in scope.jaxpr.outvars:
             self._outside(scope, [atom])
-        return self._joined() + self.nested
+        joined = self._joined()
+        self.own = [unit for _, unit in joined]
+        mine = [(root, 1, [unit]) for root, unit in joined]
+        inside = [(before, 0, units) for before, units in self.nested]
+        ordered = sorted([*mine, *inside], key=lambda item: item[:2])
+        return [unit for _, _, units in ordered for unit in units]
 
     # Reading a body.
 
@@ -71,7 +79,7 @@ class Block:
             inner = calls(scope, position)
             if inner and eqn.primitive.name in INLINED:
                 self._outside(scope, eqn.invars)
-                self.nested += self._run_apart(scope, eqn, inner, here)
+                self.nested.append((len(self.units.units), self._run_apart(scope, eqn, inner, here)))
                 self._define(scope, eqn, self._level(scope, eqn) + 1)
             elif inner:
                 checkpoint = here.checkpoint or eqn.primitive.name in CHECKPOINTS
@@ -211,11 +219,11 @@ class Block:
 
     # Joining.
 
-    def _joined(self) -> list[Unit]:
+    def _joined(self) -> list[tuple[int, Unit]]:
         attention = Attention(self.scores) if self.scores is not None else None
         if attention is not None:
             attention.join(self.units)
-        return [self._join(root, members, attention) for root, members in self.units.groups().items()]
+        return [(root, self._join(root, members, attention)) for root, members in self.units.groups().items()]
 
     def _join(self, root: int, members: list[int], attention: Attention | None) -> Unit:
         units = [self.units.units[i] for i in members]

@@ -128,9 +128,9 @@ class Body:
                 constant = not around.roots(outer, atom)
                 if constant and not loop[0] <= position < sum(loop):
                     self.block.roots[(id(scope), var)] = ()
-        units = self.block.run(scope)
+        self.block.run(scope)
         self._walk(scope, where)
-        stored = Stored(self.block, units[: len(units) - len(self.block.nested)], self._checkpointed)
+        stored = Stored(self.block, self.block.own, self._checkpointed)
         weights = self._use(stored)
         for unit in self.block.units.units:
             self._add_whole(unit)

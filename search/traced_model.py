@@ -127,7 +127,8 @@ class TracedModel:
         return self._placed[inner]
 
     def _place(self, inner: Inner) -> Placement | str:
-        mesh = inner.mesh()
+        # Stages hold whole layers: within one, the mesh is that of the other axes.
+        mesh = dataclasses.replace(inner.mesh(), stage=1)
         if inner.stage > 1 and self.layers % inner.stage:
             return f"stage={inner.stage} does not divide the model's {self.layers} layers"
         if self.batch % mesh.batch_shards:

@@ -100,7 +100,7 @@ class Workload:
     """The operations of a step.
 
     Attributes:
-        ops: in the order of the program, body by body.
+        ops: in the order of the program.
         rows: name of every row of logical axes -> number of elements.
     """
 
