@@ -53,7 +53,7 @@ class ActivationBytes:
 
     Attributes:
         layers: what the backward pass keeps of all repeated layers, for one microbatch.
-        outside: what it keeps of the rest, for one microbatch.
+        outside: what it keeps of the rest, for one microbatch, as far as it is still there at the fullest moment.
         transient: what the fullest moment takes beyond what is kept, parameters and one float32 set of gradients.
         gathered: weights gathered over fsdp at that moment.
     """
@@ -140,12 +140,12 @@ class _Program:
 
         peak_n, gathered_n = self.body.peak(local_v, parts_n, fsdp_n)
         gradients_n = np.where(parts_n > 1, 0.0, self.body.gradients(local_v) / fsdp_n)
+        layers_n = kept(self._in_layers)
         # In one microbatch, gradients of layers take the place of what the head keeps, or are not there yet.
-        room_n = np.maximum(peak_n - gradients_n, 0.0)
-        layers_n = np.minimum(kept(self._in_layers), room_n)
-        outside_n = np.minimum(kept(~self._in_layers), room_n - layers_n)
-        gathered_n = np.minimum(gathered_n, room_n - layers_n - outside_n)
-        transient_n = room_n - layers_n - outside_n - gathered_n
+        room_n = np.maximum(peak_n - gradients_n - layers_n, 0.0)
+        outside_n = np.minimum(kept(~self._in_layers), room_n)
+        gathered_n = np.minimum(gathered_n, room_n - outside_n)
+        transient_n = room_n - outside_n - gathered_n
         return ActivationBytes(*(np.ceil(x).astype(np.int64) for x in (layers_n, outside_n, transient_n, gathered_n)))
 
 
