@@ -250,7 +250,7 @@ def _qwen_experts(k: Keys, **changes: Any) -> dict[str, Any]:
     k.refuse("decoder_sparse_step", 1)
     k.refuse("mlp_only_layers", [], None)
     return {
-        "count": k.size("num_experts"),
+        "count": k.size("num_experts", "num_local_experts"),
         "per_token": k.size("num_experts_per_tok"),
         "mlp": k.size("moe_intermediate_size"),
         "normalise": k.get("norm_topk_prob", False),
