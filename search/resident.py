@@ -130,7 +130,7 @@ class Body:
                     self.block.roots[(id(scope), var)] = ()
         self.block.run(scope)
         self._walk(scope, where)
-        stored = Stored(self.block, self.block.own, self._checkpointed)
+        stored = Stored(self.block, self._checkpointed)
         weights = self._use(stored)
         for unit in self.block.units.units:
             self._add_whole(unit)

@@ -25,13 +25,9 @@ class Stored:
         again: whether it is under a `jax.checkpoint` in the backward pass.
     """
 
-    def __init__(self, block: Block, units: list[Unit], checkpointed: set[int]):
+    def __init__(self, block: Block, checkpointed: set[int]):
         self._all = block.units
-        self.groups: dict[int, Unit] = {}
-        for unit in units:
-            # Units of bodies inside write what this body does not make.
-            makers = {self._all.find(self._all.producer[v]) for v in unit.writes if v in self._all.producer}
-            self.groups.update(dict.fromkeys(makers, unit))
+        self.groups: dict[int, Unit] = dict(zip(self._all.groups(), block.own, strict=True))
         self.again: dict[int, bool] = {}
         for root, unit in self.groups.items():
             scopes = {key for key, _ in unit.writes}
