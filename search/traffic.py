@@ -13,6 +13,8 @@ What they are follows from the pins of `sharding_rules` and from what XLA makes 
 * Over context, keys and values are gathered and their gradients scattered; in a loop they are gathered once more.
 * With more tensor shards than heads of keys, keys and values are whole: their gradients are summed over the shards of
   one head, then gathered.
+* A concatenated weight (fused QKV, gate and up) is used part by part: what lies elsewhere moves between neighbours. XLA
+  moves that much over 2 shards, and 2 to 4 times as much over more.
 * What enters and leaves experts moves in all-to-alls.
 * Gradients of what fsdp splits are reduce-scattered; where another axis splits the batch too, they are all-reduced over
   both, whole, and then cut.
@@ -35,8 +37,11 @@ from search.workload import Workload
 from sharding_rules import AXES, BATCH_AXES, CONTEXT, EXPERT, FSDP, TENSOR, Layout
 from sharding_rules.axes import BATCH, PARAM, Contraction, Dims, Scope, leaves, shape_of, size_of
 from sharding_rules.primitives import ELEMENTWISE
+from sharding_rules.roles import spread
 
 _BIT = {axis: 1 << i for i, axis in enumerate(AXES)}
+SHARDED = ("all_to_all", "permute")
+"""Kinds whose buffer is a shard of what the axis splits."""
 _AXES_OF = [tuple(axis for axis in AXES if bits & _BIT[axis]) for bits in range(1 << len(AXES))]
 
 
@@ -54,7 +59,13 @@ class _Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """A contraction as traffic sees it; rows are bits. `again` is, per rematerialisation, how often it is repeated."""
+    """A contraction as traffic sees it; rows are bits.
+
+    Attributes:
+        weight, keys: which operand (0 or 1) is the weight, and the keys or values of attention.
+        segments: of each concatenation in the weight, the rows inside and the number of segments.
+        again: how often it is repeated, per rematerialisation.
+    """
 
     lhs: _Array
     rhs: _Array
@@ -64,6 +75,7 @@ class _Product:
     attention: bool
     keys: int | None
     trained: bool
+    segments: tuple[tuple[int, int], ...]
     ragged: bool
     batch: int
     region: Region
@@ -131,6 +143,7 @@ class ActivationTraffic:
         self._batch, self._experts = roles["batch"], roles["expert"]
         self._sizes = [row.size for row in layout.rows.rows]
         self._outside_experts = self._rows_outside_experts()
+        self._inside = {row.name: self._rows([(axis,) for axis in row.axes]) for row in layout.rows.rows}
         layers = count_layers(layout)
         self._bundles = self._read_products(layers)
         self._lookups = self._read_lookups(layers)
@@ -150,7 +163,7 @@ class ActivationTraffic:
     def _rows(self, dims: Iterable[Any]) -> int:
         rows = 0
         for dim in dims:
-            for axis in leaves(dim):
+            for axis in spread(dim):
                 row = self.layout.rows.of(axis)
                 if row is not None:
                     rows |= 1 << self._index[row.name]
@@ -186,6 +199,8 @@ class ActivationTraffic:
     def _product(self, c: Contraction, region: Region, again: tuple[float, ...]) -> _Product:
         weight = None if c.weight is None else int(c.weight is c.rhs)
         origin = 0 if weight is None else (c.rhs_origin, c.lhs_origin)[weight]
+        segments = [a.segments for dim in c.weight or () for a in leaves(dim) if a.segments]
+        inside = [(self._rows(found), sum(size_of(part) > 1 for part in found)) for found in segments]
         keys = self.layout.table.keys.get(c.out_key, ())
         rhs_from = len(c.lhs) - len(c.contracted)
         return _Product(
@@ -197,6 +212,7 @@ class ActivationTraffic:
             attention=bool(c.lhs_origin & c.rhs_origin & PARAM),
             keys=int(keys[0] >= rhs_from) if keys else None,
             trained=(c.lhs_origin | c.rhs_origin) & (PARAM | BATCH) == PARAM | BATCH and bool(origin & PARAM),
+            segments=tuple(inside),
             ragged=c.kind == "ragged",
             batch=self._rows(c.batch),
             region=region,
@@ -227,7 +243,7 @@ class ActivationTraffic:
         return found
 
     def _named(self, names: Iterable[str]) -> int:
-        return _bits(self._index[name] for name in names if name in self._index)
+        return _union(self._inside[name] for name in names if name in self._inside)
 
     # One placement.
 
@@ -244,6 +260,9 @@ class ActivationTraffic:
                 continue
             x, weight = p.operand(1 - p.weight), p.operand(p.weight).rows
             made = weight & ~p.contracted
+            # A concatenation that is split part by part is multiplied part by part.
+            cut = (n for rows, n in p.segments if rows & made and split.axes(rows, weight) & _BIT[TENSOR])
+            parts = max(cut, default=1)
             for axis in (CONTEXT, TENSOR):
                 bit = _BIT[axis]
                 if split.axes(p.contracted, weight | x.rows) & bit:
@@ -262,7 +281,16 @@ class ActivationTraffic:
                         if p.trips > 1:
                             add("all_gather", axis, x, "backward")
                     if p.trained and (first or not self.merges):
-                        add("reduce_scatter" if scattered else "all_reduce", axis, x, "backward")
+                        for _ in range(1 if self.merges else parts):
+                            add("reduce_scatter" if scattered else "all_reduce", axis, x, "backward")
+            if parts > 1:
+                # Shards are contiguous, each part is split by itself: what is elsewhere moves, at least so much.
+                part = dataclasses.replace(p.operand(p.weight), elements=p.operand(p.weight).elements // parts)
+                for _ in range(parts):
+                    add("permute", TENSOR, part, "forward")
+                    add("permute", TENSOR, part, "backward", p.again)
+                    if p.trained:
+                        add("permute", TENSOR, part, "backward")
             if split.axes(x.rows & ~weight, x.rows) & _BIT[TENSOR] and not split.axes(weight) & _BIT[TENSOR]:
                 # Its gradient is a sum over what tensor splits.
                 add("all_reduce", TENSOR, p.operand(p.weight), "backward")
@@ -329,7 +357,7 @@ class _Flows:
         self, kind: str, axis: str, array: _Array, phase: str, region: Region, times: float, again: Any = None
     ) -> None:
         rows = array.rows
-        split = self.split.axes(rows) & (-1 if kind == "all_to_all" else ~_BIT[axis])
+        split = self.split.axes(rows) & (-1 if kind in SHARDED else ~_BIT[axis])
         key = (kind, axis, float(self.width * array.elements), split, phase, bool(rows & self.batch), region)
         self.count(key, [times] * len(self.remats) if again is None else [times * a for a in again])
 
@@ -344,7 +372,7 @@ class _Flows:
                 kind,
                 (axis,),
                 bytes_,
-                _AXES_OF[split & ~_BIT[axis] if kind != "all_to_all" else split],
+                _AXES_OF[split if kind in SHARDED else split & ~_BIT[axis]],
                 phase,
                 hides=False,
                 batch=batch,
@@ -389,11 +417,15 @@ def param_flows(traffic: Sequence[Mapping[Any, float]], *, merges: bool, expert:
                 found = sums.setdefault(key, np.zeros((2, len(traffic))))
                 found[:, i] += parts * bytes_, parts * bytes_ * max(1.0, 4 / itemsize)
     flows = []
+    loops = any(trips > 1 for by_class in traffic for _, _, trips, *_ in by_class)
     for (split, trips, region), bytes_ in gathers.items():
         count = {"": float(trips)}
         flows.append(Flow("all_gather", (FSDP,), bytes_, split, "forward", True, False, count, region=region))
-        # Outside of loops the compiler keeps what it gathered for the backward pass (seen in XLA's HLO).
-        if trips > 1:
+        # What is gathered outside of loops is kept for the backward pass, unless what it is used in is computed again,
+        # which without loops over layers is every stretch between two blocks.
+        if trips == 1:
+            count = {"": 0.0 if loops else 1.0, "none": 0.0}
+        if any(count.values()):
             flows.append(
                 Flow("all_gather", (FSDP,), bytes_, split, "backward", True, False, count, region=region, again=True)
             )
