@@ -18,7 +18,8 @@ The rules, each seen in buffers that XLA assigned (`benchmarks/memory_analytic.p
   With microbatches the sums of gradients are there all the time, and are not counted here: gradients that a loop over
   layers stacks lie beside them, others are added at once.
 * A weight split over fsdp is gathered where products use it, from the first use to the last: in a loop one layer at a
-  time, elsewhere once for forward and backward pass; what is under a `jax.checkpoint` is gathered again.
+  time, elsewhere once for forward and backward pass. Under a `jax.checkpoint` a parameter is gathered again, but not a
+  copy of it that was made before.
 * Copies of weights in another dtype are made as the weights rest: in a loop over layers of all layers at once, before
   the loop. Where fsdp does not split them, products outside of loops convert what they read without a copy.
 * With microbatches, copies of weights and what the forward pass gathered outside of loops are made once and kept.
@@ -215,10 +216,13 @@ class Body:
             origin = self._copy_of(value)
             if not operand.bytes or (value in self._made and origin is None):
                 continue
-            for again in {again for again, _, _ in uses}:
-                times = [time for a, time, _ in uses if a == again]
+            # A copy is gathered once, a parameter once more under a checkpoint.
+            sets = [uses] if origin is not None else [[u for u in uses if u[0] == again] for again in (False, True)]
+            for some in filter(None, sets):
+                times = [time for _, time, _ in some]
                 index = self._add(operand.bytes, operand.dims)
-                self.intervals.append(Interval(index, min(times), max(times), GATHERED, lasting=whole and not again))
+                lasting = whole and not all(again for again, _, _ in some)
+                self.intervals.append(Interval(index, min(times), max(times), GATHERED, lasting=lasting))
             if origin is None:
                 continue
             begin = self._made.pop(value)
@@ -229,7 +233,8 @@ class Body:
             fused = all(kind in PRODUCTS for _, _, kind in uses)
             index = self._add(operand.bytes, operand.dims)
             stop = max(time for _, time, _ in uses)
-            self.intervals.append(Interval(index, begin, stop, SHARD if fused else COPY, lasting=whole))
+            lasting = whole and not all(again for again, _, _ in uses)
+            self.intervals.append(Interval(index, begin, stop, SHARD if fused else COPY, lasting=lasting))
         for (root, _, size), times in self._copied.items():
             index = self._add(size, operands[root].dims)
             self.intervals.append(Interval(index, min(times), max(times), COPY, lasting=whole))
