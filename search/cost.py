@@ -16,7 +16,7 @@ With M microbatches, C and X the seconds of compute and of collectives that may 
 The makespan is that of `search.schedules`, exact: bubbles, uneven ends (embedding, head) and the transfers between
 stages are in it (Pipette's hidden critical path, arXiv 2405.18093, is what 1F1B's simulation shows). The optimizer's
 state sharded over data (ZeRO-1) turns the all-reduce of gradients into a reduce-scatter and a gather of parameters: the
-same seconds. What is offloaded moves over the host's link: the optimizer's state once per step, activations behind the
+same seconds, of which the second half may hide behind the first forward pass. What is offloaded moves over the host's link: the optimizer's state once per step, activations behind the
 pass that makes or needs them.
 
 Not costed, though the compiled step has it: what moves where tokens are sorted over the whole batch. Gradients are
@@ -209,10 +209,17 @@ class CostModel:
         if place.stage > 1:
             weights_kn = one.weights_kn
             bubble = self._makespan(place, columns, passes_pkn, weights_kn, one, vocab, exact) - m * pick(each_kn)
-        # The sum of gradients hides behind the last backward pass, beside what hides there anyway.
-        last_xkn = one.hidden_pxkn[1] + one.step_hidden_xkn
-        last_left_xkn = self.exposed(one.compute_pkn[1], last_xkn.sum(0))[None] * _share(last_xkn, axis=0)
-        step_xkn = last_left_xkn - left_pxkn[1] + one.step_exposed_xkn
+        # The sum of gradients hides behind the last backward pass, beside what hides there anyway. With a sharded
+        # optimizer its second half, the gather of parameters, hides behind the first forward pass. Of several chunks
+        # only one waits: the others' collectives run behind its neighbours' work.
+        sharded = columns.flags("optimizer_sharding").astype(bool)
+        halves = (np.where(sharded, 0.5, 0.0), np.where(sharded, 0.5, 1.0))
+        step_xkn = np.zeros_like(one.step_hidden_xkn)
+        for p, half in enumerate(halves):
+            both_xkn = one.hidden_pxkn[p] + half * one.step_hidden_xkn
+            left_xkn = self.exposed(one.compute_pkn[p], both_xkn.sum(0))[None] * _share(both_xkn, axis=0)
+            step_xkn += (left_xkn - left_pxkn[p]) / columns.flags("chunks")
+        step_xkn += one.step_exposed_xkn
         worst = _Picker(np.where(one.real_k[:, None], step_xkn.sum(0), -np.inf).argmax(0))
         exposed_xn = m * pick(exposed_pxkn.sum(0)) + worst(step_xkn)
         collectives_pxkn = one.hidden_pxkn + one.exposed_pxkn
@@ -235,6 +242,17 @@ class CostModel:
         )
 
     def _stages(self, place: Placement, columns: Columns, saved_bytes: Floats, vocab: Vocab) -> _Stages:
+        """One microbatch on the stages; what variants do not change is computed once for them."""
+        first, inverse = _alike(columns)
+        one = self._base_stages(place, columns.take(first), vocab)
+        host_n = np.where(columns.offloads("activations"), saved_bytes / self.host_bandwidth, 0.0)
+        shard_n = self.held(place, columns)[PARAMS] / self.host_bandwidth
+        host_n = host_n / place.stage + np.where(columns.offloads("params"), shard_n, 0.0)
+        spread = {f.name: getattr(one, f.name) for f in dataclasses.fields(one) if f.name not in ("host_pkn", "real_k")}
+        host_pkn = np.broadcast_to(host_n, (2, len(one.real_k), len(columns)))
+        return _Stages(**{name: x[..., inverse] for name, x in spread.items()}, host_pkn=host_pkn, real_k=one.real_k)
+
+    def _base_stages(self, place: Placement, columns: Columns, vocab: Vocab) -> _Stages:
         n = len(columns)
         weights_kr = place.stage_weights(vocab)
         compute_rqn = self._compute(place, columns)
@@ -264,10 +282,6 @@ class CostModel:
             return np.einsum("kr,...rn->...kn", weights_kr, x)
 
         compute_qkn = on_stages(np.moveaxis(compute_rqn, 0, 1))
-        host_n = np.where(columns.offloads("activations"), saved_bytes / self.host_bandwidth, 0.0)
-        shard_n = self.held(place, columns)[PARAMS] / self.host_bandwidth
-        host_kn = (host_n / place.stage + np.where(columns.offloads("params"), shard_n, 0.0))[None]
-        host_kn = np.broadcast_to(host_kn, compute_qkn.shape[1:])
         return _Stages(
             compute_pkn=np.stack([compute_qkn[0], compute_qkn[1] + compute_qkn[2]]),
             weights_kn=compute_qkn[2],
@@ -277,7 +291,7 @@ class CostModel:
             step_exposed_xkn=on_stages(np.moveaxis(step_exposed, 0, 1)),
             moved_xkn=on_stages(np.moveaxis(moved, 0, 1)),
             step_moved_xkn=on_stages(np.moveaxis(step_moved, 0, 1)),
-            host_pkn=np.stack([host_kn, host_kn]),
+            host_pkn=np.zeros((2, len(weights_kr), n)),
             transfer_n=self._transfer(place, columns, sizes, strides),
             real_k=np.array([True, place.stage > 2, True])[: len(weights_kr)],
         )
@@ -460,6 +474,15 @@ class CostModel:
 
     def _fsdp(self, place: Placement, columns: Columns) -> Floats:
         return np.array(place.fsdp_sizes, np.float64)[columns.fsdp]
+
+
+def _alike(columns: Columns) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of candidates that move and compute the same, the first; and for every candidate, which of those it is like."""
+    kinds = [(v.order, v.regather) for v in columns.variants]
+    kind_v = np.array([kinds.index(kind) for kind in kinds])
+    rows = np.stack([columns.fsdp, columns.remat, columns.microbatches, kind_v[columns.variant]])
+    _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
+    return first, inverse.reshape(-1)
 
 
 class _Picker:
