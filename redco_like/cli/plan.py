@@ -100,7 +100,7 @@ class Plan:
                 [
                     ("bound by", best.estimate.binds),
                     ("proof", result.certificate()),
-                    ("interval", _interval(result)),
+                    ("interval", _interval(result, rows)),
                 ]
             ),
             "",
@@ -119,17 +119,19 @@ class Plan:
         return f"next: redco-like explain {name}{trainer}"
 
 
-def _interval(result: SearchResult) -> str:
-    """The interval of the best, and which runners-up overlap it."""
+def _interval(result: SearchResult, rows: list[Any]) -> str:
+    """The interval of the best, and who wins within it: most of an error is common to all plans."""
     from redco_like.cli.units import seconds
 
     best = result.best.estimate  # type: ignore[union-attr]
     text = f"{seconds(best.low_seconds)} to {seconds(best.high_seconds)} per step, by the errors of the constants"
-    rivals = [i for i, c in enumerate(result.runners_up, 2) if c.estimate.low_seconds < best.seconds_per_step]
-    if not rivals:
+    if not result.runners_up:
         return text
-    listed = f"plans 2 to {rivals[-1]}" if len(rivals) > 1 else "plan 2"
-    return f"{text}; {listed} could be as fast"
+    others = sorted({row.winner + 1 for row in rows} - {1})
+    if not others:
+        return f"{text}; plan 1 stays ahead with any one of them off"
+    listed = f"plan {others[0]}" if len(others) == 1 else f"plans {', '.join(map(str, others))}"
+    return f"{text}; {listed} would win with one of them off"
 
 
 def _record(loaded: Loaded, result: SearchResult, rows: list[Any]) -> dict[str, Any]:

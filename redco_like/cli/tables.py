@@ -145,8 +145,10 @@ def sensitivity_table(rows: Sequence[Sensitivity]) -> Table:
 
 
 def _outcome(row: Sensitivity) -> str:
-    text = units.seconds(row.seconds[0])
-    return text if row.winner == 0 else f"{text}; plan {row.winner + 1} wins, {units.seconds(row.seconds[row.winner])}"
+    text = units.seconds(row.seconds[0], 4)
+    if row.winner == 0:
+        return text
+    return f"{text}; plan {row.winner + 1} wins, {units.seconds(row.seconds[row.winner], 4)}"
 
 
 def collective_table(rows: Sequence[Collective], estimate: Estimate) -> Table:
