@@ -69,12 +69,17 @@ HELD_OUT = {
     "short sequence dots": Case("short", "fsdp=4,tensor=2", "fsdp+megatron+sequence", "dots", 2, batch=128, layers=6),
     "unrolled mixed dots": Case("unrolled", "data=2,fsdp=4", "fsdp", "dots", batch=16, layers=6),
     "moe data full": Case("moe", "data=8", "data", "full", 2, batch=16, layers=2),
+    "short unrolled full": Case("short unrolled", "fsdp=2,tensor=4", "fsdp+megatron", "full", 2, batch=128, layers=6),
+    "short unrolled none": Case("short unrolled", "fsdp=4,tensor=2", "fsdp+megatron", batch=32),
+    "wide sequence dots": Case("wide", "fsdp=4,tensor=2", "fsdp+megatron+sequence", "dots", batch=8, layers=2),
+    "wide data2 full": Case("wide", "data=2,fsdp=4", "fsdp", "full", batch=16, layers=2),
 }
-"""Not looked at while the rules of `search.resident` were found."""
+"""Of other sizes than those by which the rules of `search.resident` were found; "unrolled mixed dots" found one."""
 SIZES = {
     "wide": {"vocab": 128256, "embed": 4096, "heads": 32, "mlp": 14336, "length": 4096},
     "short": {"vocab": 50304, "length": 512, "heads": 32, "kv_heads": 32, "head_dim": 64},
 }
+SIZES["short unrolled"] = SIZES["short"]
 
 
 def model_of(case: Case) -> tuple[Any, Any, Any]:
@@ -87,7 +92,7 @@ def model_of(case: Case) -> tuple[Any, Any, Any]:
     from zoo import llama
 
     shapes = llama.Shapes(**{**LLAMA, **SIZES.get(case.model, {}), "layers": case.layers})
-    init = llama.init_unrolled if case.model == "unrolled" else llama.init_scanned
+    init = llama.init_unrolled if case.model.endswith("unrolled") else llama.init_scanned
     tokens = jax.ShapeDtypeStruct((case.batch, shapes.length), jnp.int32)
 
     def loss(params: Any, batch: Any) -> Any:
