@@ -1,6 +1,6 @@
 """The devices of this process and of its peers as a `Cluster` to plan for.
 
-    cluster = cluster_of(jax.devices(), memory_bytes=memory_bytes_per_device(jax.devices()))
+    cluster = cluster_here(jax.devices())
 
 Known GPUs and TPUs get the figures of `search/accelerators.toml`. What is not listed there, and every CPU, gets assumed
 ones; `redco_like.profile` measures them.
@@ -16,6 +16,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from search import Cluster, parse_cluster
 from search.accelerators import Accelerator, accelerators, aliases
 from search.cluster import Tier
@@ -24,6 +28,23 @@ TPU_KINDS = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "7x": "tpu7x"}
 """What JAX calls the kinds of TPU, after the word TPU, where that is not their name."""
 UNLISTED = {"gpu": "A100-80", "tpu": "v5p"}
 """Whose figures a GPU or TPU gets that is not listed."""
+
+
+def cluster_here(devices: Sequence[Any]) -> Cluster:
+    """The devices of this run. With several processes each calls this and gets the same; the smallest memory counts."""
+    facts = np.asarray([memory_bytes_per_device(devices), os.cpu_count() or 1], np.float32)
+    if jax.process_count() > 1:
+        facts = np.asarray(multihost_utils.process_allgather(facts)).min(0)
+    return cluster_of(devices, memory_bytes=float(facts[0]), cores=int(facts[1]))
+
+
+def memory_bytes_per_device(devices: Sequence[Any]) -> float:
+    """Memory of the smallest device as its runtime states it; for CPU devices an equal share of the machine's."""
+    stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
+    limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]
+    if limits:
+        return float(min(limits))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / max(len(stats), 1)
 
 
 def cluster_of(devices: Sequence[Any], *, memory_bytes: float, cores: int | None = None) -> Cluster:

@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pipelines import PredictProgram, build_predict_program, resolve_plan
+from pipelines.devices import cluster_here
 from pipelines.functions import PRED_ARGUMENTS, argument_names
 from pipelines.infer import lives_on, trace_pred
-from pipelines.resolve import memory_bytes_per_device
 from redco_like.data import Piece, collate, from_whole, process_rows, sequential, sharded
 from redco_like.deployer import Deployer
 from search import Plan
@@ -153,8 +153,9 @@ class Predictor:
                 n_devices=len(devices),
                 mesh=shape,
                 problem=problem,
-                memory_bytes=memory_bytes_per_device(devices),
+                cluster=lambda: cluster_here(devices),
                 compute_dtype=self._compute_dtype,
+                training=False,
             )
             at_home = home is not None and MeshShape(**home.shape) == plan.mesh
             self._plans[key] = plan, home if home is not None and at_home else make_mesh(plan.mesh, devices)

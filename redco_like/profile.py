@@ -29,8 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pipelines.devices import cluster_of
-from pipelines.resolve import memory_bytes_per_device
+from pipelines.devices import cluster_here
 from redco_like.microbench import COLLECTIVES, OVERLAP, STREAMED, VECTOR_FLOPS, Effort, Measurement, measure
 from search.accelerators import Accelerator
 from search.cluster import Cluster
@@ -127,8 +126,7 @@ def profile_devices(
     devices = list(jax.devices() if devices is None else devices)
     start = time.perf_counter()
     found = measure(devices, effort or Effort(), progress=progress or (lambda _: None))
-    template = cluster_of(devices, memory_bytes=memory_bytes_per_device(devices))
-    cluster, constants = fit(template, found)
+    cluster, constants = fit(cluster_here(devices), found)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Profile(cluster, constants, tuple(found), time.perf_counter() - start, now)
 

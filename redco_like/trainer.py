@@ -21,16 +21,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pipelines import TrainProgram, TrainState, build_train_program, resolve_plan
+from pipelines.devices import cluster_here
 from pipelines.functions import LOSS_ARGUMENTS, argument_names, batch_rows
 from pipelines.problem import check_rows, train_problem
-from pipelines.resolve import memory_bytes_per_device
 from redco_like.checkpoint import CheckpointStore
 from redco_like.data import DataLoader, Piece, collate, from_whole, process_rows, sequential, sharded
 from redco_like.deployer import Deployer
 from redco_like.metrics import Writer
 from redco_like.run_log import RunLog
 from redco_like.watch import OnNonfinite, StepWatch, StopRequest, announced, check_policy
-from search import Plan
+from search import Cluster, Plan, parse_cluster
 from sharding_rules import Layout, MeshShape, format_bytes, make_mesh
 
 Every = int | Literal["epoch"] | None
@@ -68,8 +68,10 @@ class Trainer:
             `(loss, metrics)` or a `LossOutput`.
         init_fn: `init_fn(rng) -> params`, or `(params, state)` if `loss_fn` names `state`; run sharded.
         optimizer: any optax transformation; its schedules count optimizer steps.
-        plan: "auto", the name of a preset, a `Plan`, or the path of a plan file.
+        plan: "auto" (the fastest that fits, by exact search), the name of a preset, a `Plan`, or a plan file.
         mesh: devices per axis, such as "data=2,tensor=4"; default what the plan or the preset suggests.
+        cluster: what "auto" plans for, in place of what the devices are known or assumed to attain: a `Cluster`, a
+            string such as "8xH100", or a file, best one that `redco_like.profile` has measured here.
         compute_dtype: of forward and backward pass, where the plan does not say.
         name: of this trainer; its files are in that folder of the workdir, its keys belong to it.
         params: start from these instead of `init_fn`'s; copied.
@@ -97,6 +99,7 @@ class Trainer:
         *,
         plan: Plan | str | pathlib.Path = "auto",
         mesh: MeshShape | str | None = None,
+        cluster: Cluster | str | pathlib.Path | None = None,
         compute_dtype: str = "float32",
         name: str = "train",
         params: Any = None,
@@ -119,6 +122,7 @@ class Trainer:
         self._loss_fn, self._init_fn, self._optimizer = loss_fn, init_fn, optimizer
         self._plan_wanted, self._compute_dtype = plan, compute_dtype
         self._mesh_wanted = MeshShape.parse(mesh) if isinstance(mesh, str) else mesh
+        self._cluster = parse_cluster(cluster) if isinstance(cluster, str | pathlib.Path) else cluster
         self._initial = params, model_state
         self._on_nonfinite: OnNonfinite = check_policy(on_nonfinite)
         self._most_skips = most_skips
@@ -406,7 +410,7 @@ class Trainer:
             # A trainer stays on its mesh when the form of its batches changes.
             mesh=self._mesh_wanted if self._program is None else self._program.plan.mesh,
             problem=lambda: train_problem(*functions, self._compute_dtype),
-            memory_bytes=memory_bytes_per_device(devices),
+            cluster=lambda: self._cluster or cluster_here(devices),
             compute_dtype=self._compute_dtype,
         )
         mesh = make_mesh(plan.mesh, devices) if self._program is None else self._program.mesh

@@ -1,7 +1,6 @@
 """Which plan is fastest and fits. No device needed."""
 
 from search.accelerators import Accelerator, find_accelerator
-from search.auto import auto_plan
 from search.cluster import Cluster, parse_cluster
 from search.collectives import collective_seconds
 from search.costing import Costed, estimate_plan, timeline
@@ -29,7 +28,6 @@ __all__ = [
     "StepBytes",
     "TracedModel",
     "activation_bytes",
-    "auto_plan",
     "collective_seconds",
     "cut_layers",
     "cut_pipeline",

@@ -39,7 +39,7 @@ from search.collectives import Kind, collective_seconds, lower_bound_seconds
 from search.efficiency import Efficiency
 from search.op_times import PASSES, PRODUCTS, OpTimes, peak_flops
 from search.placement import REGIONS, Bools, Columns, Floats, Flow, Placement, Variant, axis_sizes, numbering
-from search.plan import Remat, Vocab
+from search.plan import DTYPES, Remat, Vocab
 from search.schedule_times import makespan, makespan_bound
 from search.workload import Workload
 from sharding_rules import AXES, DATA, STAGE
@@ -150,7 +150,7 @@ class CostModel:
         self._attain(cluster, attained)
         self.trains = any(op.phase == "backward" for op in next(iter(works.values())).ops)
         self.model_flops = min(work.product_flops for work in works.values())
-        by_dtype = {k: v for k, v in works[self.remats[0]].flops_by("dtype").items()}
+        by_dtype = {k: v for k, v in works[self.remats[0]].flops_by("dtype").items() if k in DTYPES}
         self.dtype = max(by_dtype, key=lambda name: by_dtype[name], default="bfloat16")
 
     def on(self, cluster: Cluster, efficiency: Efficiency | None = None) -> CostModel:
