@@ -34,6 +34,8 @@ class Efficiency:
         half_size: rows or columns (m, n) of a product that halve its efficiency, x / (x + half_size): an assumption;
             half a tile of 32 is lost on edges and on filling the pipeline.
         half_depth: the same of k, for the dtype whose peak is that of bfloat16; a dtype twice as fast needs twice it.
+        half_output: elements of a product's result that halve its efficiency: too few to fill all processors evenly.
+            Half a wave of tiles of 128 x 128 on the 108 processors of an A100 is 0.9e6; 0 where tiles run one by one.
         narrow: of `matmul`, by products in 8 bits and fewer.
         attention: of the peak, by fused attention forward, all scores counted: a causal kernel that leaves out half of
             them attains twice its share (FlashAttention-2, Dao 2023: 0.5 to 0.73 on A100 of the half).
@@ -58,6 +60,7 @@ class Efficiency:
     matmul: float = 0.9
     half_size: float = 16.0
     half_depth: float = 16.0
+    half_output: float = 0.0
     narrow: float = 1.0
     attention: float = 0.6
     attention_backward: float = 1.0
@@ -88,11 +91,12 @@ class Efficiency:
             values |= {name: value for name, value in entry.items() if name in _NUMBERS}
         return cls(**values)
 
-    def product(self, m: Any, n: Any, k: Any, *, speed: Any = 1.0) -> Floats:
+    def product(self, m: Any, n: Any, k: Any, *, batch: Any = 1.0, speed: Any = 1.0) -> Floats:
         """Share of the peak that a product of (m, k) and (k, n) attains on one device.
 
         Args:
             m, n, k: sizes.
+            batch: products of this size that run at once.
             speed: peak of the dtype over that of bfloat16.
 
         >>> float(Efficiency().product(16, 1e9, 1e9).round(3))
@@ -101,7 +105,8 @@ class Efficiency:
         share = np.float64(self.matmul)
         for size, half in ((m, self.half_size), (n, self.half_size), (k, self.half_depth * np.asarray(speed))):
             share = share * (size / (np.asarray(size, np.float64) + half))
-        return np.asarray(share)
+        elements = np.asarray(batch, np.float64) * m * n
+        return np.asarray(share * (elements / (elements + self.half_output)))
 
 
 _NUMBERS = frozenset(field.name for field in dataclasses.fields(Efficiency) if field.name != "launch_seconds")

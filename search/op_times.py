@@ -154,7 +154,8 @@ class OpTimes:
             # The placement is kept, so that its id is not given to another.
             self._layouts[key] = (place, *self._layout(place, sizes_x, counts_m))
         _, parts_mn, moved_mn, local_3mn = self._layouts[key]
-        share_mn = self.efficiency.product(*local_3mn, speed=self.speed_n) / self.efficiency.matmul
+        batch_mn = np.maximum(self.arithmetic_n / parts_mn / (2 * local_3mn.prod(0)), 1.0)
+        share_mn = self.efficiency.product(*local_3mn, batch=batch_mn, speed=self.speed_n) / self.efficiency.matmul
         rate_mn = np.where(self.product_n, self.rate_n * share_mn, self.rate_n)
         return OpSeconds(
             self.trips_n * (self.flops_n / parts_mn / rate_mn),

@@ -80,11 +80,14 @@ class Run:
         group: who measured; the unit of a split into fitted and left-out.
         seconds: of a training step.
         memory_bytes: of the fullest device, or None; `memory_kind` says what was measured.
+        reduces_narrow: whether gradients are summed over devices in 16 bits.
         fused_attention: False where the scores went through memory.
+        topology: chips along each dimension of a slice, as "4x4x8"; "" where the source does not say.
         nic_bytes_per_second: of the network, per device; 0 where the source does not say.
         product_dtype: of the products with weights.
         tensor, context, stage, expert, data, fsdp: sizes of the mesh axes; `data` counts replicas besides the experts'.
         zero: stage of ZeRO; 1 splits the optimizer over data, 2 keeps what was gathered for the backward pass.
+        layers_per_stage: where they are not equal.
         sequence: whether activations between blocks are split over tensor.
     """
 
@@ -98,8 +101,10 @@ class Run:
     accelerator: str
     devices: int
     devices_per_node: int
+    topology: str
     nic_bytes_per_second: float
     product_dtype: str
+    reduces_narrow: bool
     fused_attention: bool
     data: int
     fsdp: int
@@ -111,6 +116,7 @@ class Run:
     sequence: bool
     schedule: str
     chunks: int
+    layers_per_stage: tuple[int, ...]
     spread_vocab: bool
     global_batch: int
     microbatch: int
@@ -226,10 +232,11 @@ def _run(row: dict[str, str]) -> Run:
         accelerator=ACCELERATORS[row["hardware"]],
         devices=number("n_devices"),
         devices_per_node=number("devices_per_node"),
+        topology=_topology(row["interconnect"]),
         nic_bytes_per_second=_nic(row["interconnect"], number("devices_per_node")),
         product_dtype=_dtype(row["precision"]),
-        fused_attention=any(word in row["attn_type"] for word in (" flash", "MLA"))
-        and "no flash" not in row["attn_type"],
+        reduces_narrow="fp32 grad reduce" not in row["precision"] and not row["framework"].startswith("MaxText"),
+        fused_attention=_fused(row["attn_type"]),
         data=data,
         fsdp=number("fsdp", 1) if number("zero_stage", 0) >= 2 else 1,
         tensor=number("tp", 1),
@@ -240,6 +247,7 @@ def _run(row: dict[str, str]) -> Run:
         sequence=row["sp"] == "true",
         schedule="interleaved" if stage > 1 and number("vpp", 1) > 1 else "1f1b",
         chunks=number("vpp", 1) if stage > 1 else 1,
+        layers_per_stage=_layers_per_stage(row["other"]),
         spread_vocab="vocab-parallel" in schedule,
         global_batch=number("global_batch"),
         microbatch=number("micro_batch"),
@@ -274,6 +282,17 @@ def _nic(text: str, devices_per_node: int) -> float:
         return 0.0
     total = int(found[1]) * int(found[2]) * 1e9 / 8
     return total if "per GPU" in text else total / devices_per_node
+
+
+def _layers_per_stage(text: str) -> tuple[int, ...]:
+    found = re.search(r"layers per stage \[([\d, ]+)\]", text)
+    layers = tuple(int(n) for n in found[1].split(",")) if found else ()
+    return layers if len(set(layers)) > 1 else ()
+
+
+def _topology(text: str) -> str:
+    found = re.search(r"\d+x\d+(x\d+)?", text)
+    return found[0] if found and "ICI" in text else ""
 
 
 def _fused(text: str) -> bool:

@@ -1,0 +1,161 @@
+"""A published run as a problem of the planner: its traced model, its cluster and its plan.
+
+problems = Problems()
+problem = problems.of(run)
+problem.seconds(efficiency), problem.bytes_per_device()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from redco_like.validation.decoder import decoder_problem
+from redco_like.validation.runs import Run
+from search import Plan, TracedModel, find_accelerator, parse_cluster
+from search.cluster import Cluster
+from search.costing import candidate, memory_parts
+from search.efficiency import Efficiency
+from search.placement import Columns, Placement
+from search.schedule_times import makespan
+from search.space import Inner
+from sharding_rules import MeshShape, PlanError
+
+
+@dataclasses.dataclass
+class Problem:
+    """One run that the cost model can be asked about.
+
+    Attributes:
+        run, plan, model: what was measured, as which plan, of which model.
+        place, columns: the plan as a candidate of the cost model.
+    """
+
+    run: Run
+    plan: Plan
+    model: TracedModel
+    place: Placement
+    columns: Columns
+
+    def seconds(self, efficiency: Efficiency, *, exact: bool = True) -> float:
+        """Seconds per step. Without `exact`, what no order of the pipeline's operations beats."""
+        costs = self.model.costs.on(self.model.costs.cluster, efficiency)
+        total = float(costs.seconds(self.place, self.columns, exact=exact).total[0])
+        if self.run.layers_per_stage:
+            total += self._uneven(costs.stage_seconds(self.place, self.columns))
+        return total
+
+    def _uneven(self, times: dict[str, Any]) -> float:
+        """What stages with unequal numbers of layers take more than equal ones."""
+        layers = np.array(self.run.layers_per_stage)
+        options = {"stages": len(layers), "microbatches": self.plan.microbatches}
+        options["transfer_seconds"] = times["transfer_seconds"]
+        equal, moved = dict(options), dict(options)
+        for name in ("forward_seconds", "backward_seconds"):
+            inner = np.median(times[name])
+            equal[name] = times[name]
+            moved[name] = times[name] + inner * (layers / layers.mean() - 1)
+        return float(makespan("1f1b", **moved) - makespan("1f1b", **equal))
+
+    def parts(self, efficiency: Efficiency) -> dict[str, float]:
+        costs = self.model.costs.on(self.model.costs.cluster, efficiency)
+        return costs.seconds(self.place, self.columns).at(0)
+
+    def bytes_per_device(self) -> float:
+        """Of the fullest device, analytic."""
+        parts = memory_parts(self.model, self.place, self.columns)
+        return float(sum(parts.values())[0])
+
+
+class Problems:
+    """Makes problems; models that differ in their machines only are traced once."""
+
+    def __init__(self):
+        self._models: dict[Any, TracedModel] = {}
+
+    def of(self, run: Run) -> Problem:
+        """The problem of a run.
+
+        Raises:
+            PlanError: the cost model does not know such a plan.
+        """
+        cluster = cluster_of(run)
+        model = self._model(run, cluster)
+        plan = plan_of(run)
+        if run.stage > 1 and model.layers % run.stage:
+            # Embedding and head stand for a layer each where 126 layers lie on 8 stages: equal shares all the same.
+            model.layers = run.stage * math.ceil(model.layers / run.stage)
+        place, columns = candidate(model, plan)
+        if run.reduces_narrow:
+            # The planner sums gradients over devices in float32, as the step does; these summed them in 16 bits.
+            flows = tuple(dataclasses.replace(f, summed_bytes=None) if f.phase == "step" else f for f in place.flows)
+            place = dataclasses.replace(place, flows=flows)
+        return Problem(run, plan, model, place, columns)
+
+    def _model(self, run: Run, cluster: Cluster) -> TracedModel:
+        # Megatron's checkpoint runs the whole block again; PyTorch's stops and XLA's starts where nothing is needed.
+        gain = run.framework == "megatron" and run.remat == "full"
+        key = (run.architecture, run.seq_len, run.global_batch, run.product_dtype, gain, run.remat, run.fused_attention)
+        if key not in self._models:
+            traced, state = decoder_problem(
+                run.architecture,
+                seq_len=run.seq_len,
+                global_batch=run.global_batch,
+                product_dtype=run.product_dtype,
+                gain=gain,
+            )
+            self._models[key] = TracedModel(
+                traced,
+                state,
+                cluster,
+                param_dtype="bfloat16",
+                fused_attention=run.fused_attention,
+                remats=(run.remat,),
+            )
+        return self._models[key].on(cluster)
+
+
+def plan_of(run: Run) -> Plan:
+    """The plan that a run was, in this project's words."""
+    mesh = MeshShape(
+        data=run.data, fsdp=run.fsdp, stage=run.stage, expert=run.expert, context=run.context, tensor=run.tensor
+    )
+    inner = Inner(run.tensor, run.context, run.expert, run.sequence, run.data * run.fsdp, run.stage)
+    if run.schedule not in ("1f1b", "interleaved"):
+        raise PlanError(f"schedule {run.schedule}")
+    return Plan(
+        mesh=mesh,
+        preset=inner.preset(run.fsdp),
+        microbatches=run.microbatches,
+        remat=run.remat,
+        param_dtype="bfloat16",
+        compute_dtype="bfloat16",
+        schedule=run.schedule,
+        chunks=run.chunks,
+        vocab="spread" if run.spread_vocab else "ends",
+        optimizer_sharding=run.zero == 1,
+        regather=run.zero != 2,
+    )
+
+
+def cluster_of(run: Run) -> Cluster:
+    """The machines of a run: nodes of what their fast domain holds, or slices of a torus."""
+    accelerator = find_accelerator(run.accelerator)
+    if accelerator.torus_dims:
+        slices = run.devices // run.devices_per_node
+        prefix = f"{slices}*" if slices > 1 else ""
+        if run.topology:
+            return parse_cluster(f"{prefix}{accelerator.name}:{run.topology}")
+        return parse_cluster(f"{prefix}{accelerator.name}-{2 * run.devices_per_node}")
+    most = min(run.devices, run.devices_per_node)
+    # 256 devices of domains of 72 are taken as four of 64.
+    per_node = max(n for n in range(1, most + 1) if run.devices % n == 0)
+    cluster = parse_cluster(f"{run.devices // per_node}x{per_node}x{accelerator.name}")
+    if len(cluster.tiers) < 2 or not run.nic_bytes_per_second:
+        return cluster
+    inner, network = cluster.tiers
+    attained = run.nic_bytes_per_second * accelerator.nic_efficiency
+    return dataclasses.replace(cluster, tiers=(inner, dataclasses.replace(network, bytes_per_second=attained)))
