@@ -16,8 +16,8 @@ With M microbatches, C and X the seconds of compute and of collectives that may 
 The makespan is that of `search.schedules`, exact: bubbles, uneven ends (embedding, head) and the transfers between
 stages are in it (Pipette's hidden critical path, arXiv 2405.18093, is what 1F1B's simulation shows). The optimizer's
 state sharded over data (ZeRO-1) turns the all-reduce of gradients into a reduce-scatter and a gather of parameters: the
-same seconds, of which the second half may hide behind the first forward pass. What is offloaded moves over the host's link: the optimizer's state once per step, activations behind the
-pass that makes or needs them.
+same seconds, of which the second half may hide behind the first forward pass. What is offloaded moves over the host's
+link: the optimizer's state once per step, activations behind the pass that makes or needs them.
 
 Not costed, though the compiled step has it: what moves where tokens are sorted over the whole batch. Gradients are
 all-reduced once per step, also with microbatches.
