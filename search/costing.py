@@ -46,16 +46,7 @@ def memory_parts(model: Model, place: Placement, columns: Columns) -> dict[str, 
     n, p = len(columns), place.stage
     fsdp_n = np.array(place.fsdp_sizes, np.int64)[columns.fsdp]
     data_n = place.batch_shards / fsdp_n
-    layers, outside, transient, gathered = np.zeros((4, n))
-    for remat in np.unique(columns.remat):
-        here = columns.remat == remat
-        found = model.activations(place, model.costs.remats[remat], columns.microbatches[here], fsdp_n[here])
-        for part, into in zip(
-            (found.layers, found.outside, found.transient, found.gathered),
-            (layers, outside, transient, gathered),
-            strict=True,
-        ):
-            into[here] = part
+    layers, outside, transient, gathered = _activations(model, place, columns)
     kept = ~columns.flags("regather").astype(bool)
     width, stored = (jnp.dtype(model.dtypes[name]).itemsize for name in ("compute_dtype", "param_dtype"))
     best: dict[str, Floats] = {}
@@ -100,12 +91,20 @@ def saved_bytes(model: Model, place: Placement, columns: Columns) -> Floats | No
     """Activations that one microbatch keeps, where candidates offload them."""
     if not columns.offloads("activations").any():
         return None
-    out = np.zeros(len(columns))
+    return _activations(model, place, columns)[0]
+
+
+def _activations(model: Model, place: Placement, columns: Columns) -> Floats:
+    """Layers, outside, transient and gathered of `ActivationBytes`, per candidate; shape (4, candidates)."""
     fsdp_n = np.array(place.fsdp_sizes, np.int64)[columns.fsdp]
+    out = np.zeros((4, len(columns)))
     for remat in np.unique(columns.remat):
         here = columns.remat == remat
-        found = model.activations(place, model.costs.remats[remat], columns.microbatches[here], fsdp_n[here])
-        out[here] = found.layers
+        # Variants do not matter: each pair of numbers once.
+        pairs, inverse = np.unique(np.stack([columns.microbatches[here], fsdp_n[here]]), axis=1, return_inverse=True)
+        found = model.activations(place, model.costs.remats[remat], pairs[0], pairs[1])
+        parts = np.stack([found.layers, found.outside, found.transient, found.gathered])
+        out[:, here] = parts[:, inverse.reshape(-1)]
     return out
 
 

@@ -182,9 +182,9 @@ def numbering(place: Placement, columns: Columns) -> tuple[dict[str, Floats], di
     fsdp_n = np.array(place.fsdp_sizes, np.float64)[columns.fsdp]
     sizes = axis_sizes(place, fsdp_n)
     strides = {axis: np.ones_like(fsdp_n) for axis in AXES}
-    for v, variant in enumerate(columns.variants):
-        here = columns.variant == v
-        for axis, stride in axis_strides(variant.order, sizes).items():
+    for order in {variant.order for variant in columns.variants}:
+        here = np.array([variant.order == order for variant in columns.variants])[columns.variant]
+        for axis, stride in axis_strides(order, sizes).items():
             strides[axis][here] = stride[here]
     return sizes, strides
 

@@ -81,13 +81,27 @@ class SearchResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """One candidate, with the costs of its placement's candidates; not exact where a schedule was not run."""
+    """One candidate, with the costs of its placement's candidates; not exact where a schedule was not run.
+
+    Attributes:
+        rows: the candidates, the fastest first.
+        at: which of them this one is.
+    """
 
     place: Placement
     columns: Columns
     parts: StepSeconds
-    row: int
+    rows: np.ndarray
+    at: int
     exact: bool
+
+    @property
+    def row(self) -> int:
+        return int(self.rows[self.at])
+
+    def entry(self) -> tuple[float, tuple[Any, ...], _Leaf]:
+        """Its place in the queue."""
+        return float(self.parts.total[self.row]), _order(self.place, self.columns, self.row), self
 
 
 class _Search:
@@ -171,6 +185,9 @@ def solve(
             heapq.heapify(heap)
             continue
         seconds, _, _, node = heapq.heappop(heap)
+        if isinstance(node, _Leaf) and node.at + 1 < len(node.rows):
+            after = dataclasses.replace(node, at=node.at + 1).entry()
+            heapq.heappush(heap, (after[0], after[1], next(tie), after[2]))
         if late and not isinstance(node, _Leaf):
             bound = min(bound, seconds)
             unopened.append(node)
@@ -220,14 +237,15 @@ def _open(search: _Search, node: Any) -> Iterator[tuple[float, tuple[Any, ...], 
     if isinstance(node, _Leaf):
         columns = node.columns.take(node.row)
         parts = search.seconds(node.place, columns, exact=True)
-        yield float(parts.total[0]), _order(node.place, columns, 0), _Leaf(node.place, columns, parts, 0, exact=True)
+        yield _Leaf(node.place, columns, parts, np.zeros(1, np.int64), 0, exact=True).entry()
         return
     place, columns = node
     exact = place.stage == 1
     parts = search.seconds(place, columns, exact=exact)
     search.evaluated += len(columns)
-    for i, seconds in enumerate(parts.total):
-        yield float(seconds), _order(place, columns, i), _Leaf(place, columns, parts, i, exact=exact)
+    # The fastest stands for all: the next one enters the queue when it has left.
+    rows = np.lexsort((columns.fsdp, columns.variant, columns.remat, columns.microbatches, parts.total))
+    yield _Leaf(place, columns, parts, rows, 0, exact=exact).entry()
 
 
 def _order(place: Placement, columns: Columns, i: int) -> tuple[Any, ...]:
@@ -253,10 +271,10 @@ def _pareto(search: _Search) -> tuple[Costed, ...]:
         memory = search.bytes(place, columns)
         total = parts.total
         order, least = np.lexsort((memory, total)), math.inf
-        for i in order:
+        for at, i in enumerate(order):
             if memory[i] < least and memory[i] <= search.budget:
                 least = memory[i]
-                points.append((float(total[i]), float(memory[i]), _Leaf(place, columns, parts, int(i), exact=True)))
+                points.append((float(total[i]), float(memory[i]), _Leaf(place, columns, parts, order, at, exact=True)))
     points.sort(key=lambda point: point[:2])
     front, least = [], math.inf
     for _, memory, leaf in points:
