@@ -413,7 +413,7 @@ class Trainer:
             cluster=lambda: self._cluster or cluster_here(devices),
             compute_dtype=self._compute_dtype,
         )
-        mesh = make_mesh(plan.mesh, devices) if self._program is None else self._program.mesh
+        mesh = make_mesh(plan.mesh, devices, order=plan.order) if self._program is None else self._program.mesh
         program = build_train_program(*functions, plan, mesh, learning_rate=self._learning_rate)
         logger = self._deployer.logger
         logger.info(

@@ -96,21 +96,28 @@ class MeshShape:
         return ",".join(used) or "data=1"
 
 
-def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None, *, order: Sequence[str] = ()) -> Mesh:
     """Lay devices out as a mesh with all six axes, automatic partitioning on each.
 
     Args:
         shape: devices per axis; their product is the number of devices used.
         devices: default `jax.devices()`. On accelerators `jax.make_mesh` places neighbours on fast links.
+        order: axes larger than 1, outermost (slowest links) first; default the order of `AXES`. The mesh's own axes
+            keep their order: only which device sits where changes.
 
     Raises:
-        ValueError: the devices are not as many as the shape asks for.
+        ValueError: the devices are not as many as the shape asks for, or the order has other axes.
     """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) != shape.size:
         raise ValueError(f"mesh {shape} needs {shape.size} devices, but {len(devices)} are there")
-    sizes = tuple(shape.sizes.values())
-    types = (AxisType.Auto,) * len(AXES)
+    large = [axis for axis in AXES if shape.sizes[axis] > 1]
+    if order and sorted(order) != sorted(large):
+        raise ValueError(f"order={tuple(order)} is not the axes of the mesh {shape} that are larger than 1: {large}")
+    placed = [*(axis for axis in AXES if axis not in large), *(order or large)]
+    sizes = tuple(shape.sizes[axis] for axis in placed)
     if devices[0].platform == "cpu":
-        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        laid = np.asarray(devices).reshape(sizes)
+    else:
+        laid = jax.make_mesh(sizes, placed, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
+    return Mesh(laid.transpose([placed.index(axis) for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))

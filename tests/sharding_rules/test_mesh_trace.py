@@ -25,6 +25,20 @@ def test_a_mesh_has_all_axes_slowest_first_and_automatic():
     assert [d.id for d in mesh.devices[0].flat] == [d.id for d in jax.devices()[:4]]
 
 
+def test_order_of_axes_says_which_devices_are_neighbours():
+    shape = MeshShape(data=2, fsdp=2, tensor=2)
+    plain = make_mesh(shape)
+    assert make_mesh(shape, order=("data", "fsdp", "tensor")) == plain
+    turned = make_mesh(shape, order=("tensor", "fsdp", "data"))
+    assert turned.axis_names == AXES
+    assert dict(turned.shape) == shape.sizes
+    numbers = jax.tree.map(lambda d: d.id, turned.devices.squeeze().tolist())
+    # Next to each other along data, four apart along tensor.
+    assert numbers == [[[0, 4], [2, 6]], [[1, 5], [3, 7]]]
+    with pytest.raises(ValueError, match=r"order=.*is not the axes of the mesh data=8 that are larger than 1"):
+        make_mesh(MeshShape(data=8), order=("tensor",))
+
+
 def test_a_mesh_of_some_devices_uses_those():
     mesh = make_mesh(MeshShape(fsdp=2), jax.devices()[3:5])
     assert [d.id for d in mesh.devices.flat] == [d.id for d in jax.devices()[3:5]]
