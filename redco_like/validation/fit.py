@@ -198,7 +198,7 @@ def _fit_kind(problems: Sequence[Problem], constants: Sequence[Constant]):
     low, high = np.log([c.low for c in constants]), np.log([c.high for c in constants])
     sigma = np.array([c.sigma for c in constants])
     measured = np.log([p.run.seconds for p in problems])
-    users = sorted({(p.run.accelerator, p.run.framework) for p in problems})
+    users: list[tuple[str, Framework]] = sorted({(p.run.accelerator, p.run.framework) for p in problems})
     which = [users.index((p.run.accelerator, p.run.framework)) for p in problems]
     touched = [_touches(c, users) for c in constants]
 
@@ -235,7 +235,7 @@ def _fit_kind(problems: Sequence[Problem], constants: Sequence[Constant]):
     for _ in range(2):
         # Pipelines are bounded while fitting; the ratio to the schedule's time hardly moves with the constants.
         correction[:] = estimates(x, everyone, exact=True) - at(x)
-        result = least_squares(residuals, x, jacobian, bounds=(low, high), loss="soft_l1", max_nfev=12)
+        result = least_squares(residuals, x, jac=jacobian, bounds=(low, high), loss="soft_l1", max_nfev=12)  # pyright: ignore[reportArgumentType]
         x = result.x
     assert result is not None
     curvature = result.jac.T @ result.jac
@@ -247,7 +247,7 @@ def _fit_kind(problems: Sequence[Problem], constants: Sequence[Constant]):
     return values, intervals, float(result.cost), len(here)
 
 
-def _touches(constant: Constant, users: Sequence[tuple[str, str]]) -> set[int]:
+def _touches(constant: Constant, users: Sequence[tuple[str, Framework]]) -> set[int]:
     """Which accelerators and frameworks a constant has a say in."""
     out = set()
     for i, (accelerator, framework) in enumerate(users):

@@ -67,7 +67,7 @@ class Problem:
     def bytes_per_device(self) -> float:
         """Of the fullest device, analytic."""
         parts = memory_parts(self.model, self.place, self.columns)
-        return float(sum(parts.values())[0])
+        return float(sum(part[0] for part in parts.values()))
 
 
 class Problems:

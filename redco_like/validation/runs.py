@@ -89,6 +89,7 @@ class Run:
         zero: stage of ZeRO; 1 splits the optimizer over data, 2 keeps what was gathered for the backward pass.
         layers_per_stage: where they are not equal.
         sequence: whether activations between blocks are split over tensor.
+        doubt: why the measured time is in doubt; "" where it is not.
     """
 
     row: str
@@ -125,7 +126,7 @@ class Run:
     seconds: float
     memory_bytes: float | None
     memory_kind: str
-    confidence: str
+    doubt: str = ""
 
     @property
     def dense(self) -> bool:
@@ -256,7 +257,7 @@ def _run(row: dict[str, str]) -> Run:
         seconds=float(row["best_step_time_s"]),
         memory_bytes=float(row["mem_per_device_GB"]) * 1e9 if row["mem_per_device_GB"] else None,
         memory_kind=row["mem_kind"],
-        confidence=row["confidence"],
+        doubt="an upper bound, from hours of the whole run" if "upper bound" in row["notes"] else "",
     )
 
 
