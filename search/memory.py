@@ -56,12 +56,15 @@ class ActivationBytes:
         outside: what it keeps of the rest, for one microbatch, as far as it is still there at the fullest moment.
         transient: what the fullest moment takes beyond what is kept, parameters and one float32 set of gradients.
         gathered: weights gathered over fsdp at that moment.
+        stacked: the part of `transient` that grows with the layers on a device: gradients of one microbatch of several,
+            and copies of weights.
     """
 
     layers: Ints
     outside: Ints
     transient: Ints
     gathered: Ints
+    stacked: Ints = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
 
     @property
     def total(self) -> Ints:
@@ -138,7 +141,7 @@ class _Program:
             fixed, shrinking = kept_k[mask & ~batched_k].sum(), kept_k[mask & batched_k].sum()
             return fixed + shrinking / parts_n
 
-        peak_n, gathered_n = self.body.peak(local_v, parts_n, fsdp_n)
+        peak_n, gathered_n, stacked_n = self.body.peak(local_v, parts_n, fsdp_n)
         gradients_n = np.where(parts_n > 1, 0.0, self.body.gradients(local_v) / fsdp_n)
         layers_n = kept(self._in_layers)
         # In one microbatch, gradients of layers take the place of what the head keeps, or are not there yet.
@@ -146,7 +149,8 @@ class _Program:
         outside_n = np.minimum(kept(~self._in_layers), room_n)
         gathered_n = np.minimum(gathered_n, room_n - outside_n)
         transient_n = room_n - outside_n - gathered_n
-        return ActivationBytes(*(np.ceil(x).astype(np.int64) for x in (layers_n, outside_n, transient_n, gathered_n)))
+        parts = (layers_n, outside_n, transient_n, gathered_n, np.minimum(stacked_n, transient_n))
+        return ActivationBytes(*(np.ceil(x).astype(np.int64) for x in parts))
 
 
 def _counts(kept: Sequence[Kept]) -> list[int]:

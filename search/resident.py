@@ -344,36 +344,39 @@ class Body:
         """Bytes of all gradients at rest on one device, before fsdp splits them."""
         return float(sum(local_v[index_i].sum() for (kind, _, _), index_i, _, _ in self._groups if kind == GRADIENT))
 
-    def peak(self, local_v: Floats, parts_n: Floats, fsdp_n: Floats) -> tuple[Floats, Floats]:
-        """Most bytes alive at once, and those of gathered weights among them.
+    def peak(self, local_v: Floats, parts_n: Floats, fsdp_n: Floats) -> tuple[Floats, Floats, Floats]:
+        """Most bytes alive at once; among them those of gathered weights, and of what loops hold of all layers.
 
         Args:
             local_v: bytes of the step's arrays on one device, for the whole batch.
             parts_n: microbatches of every candidate.
             fsdp_n: size of its fsdp axis.
         """
-        lines, factors, gathers = [np.zeros(self._length)], [np.zeros_like(parts_n)], [False]
+        lines, factors, kinds = [np.zeros(self._length)], [np.zeros_like(parts_n)], [VALUE]
         for key, index_i, sign_i, span_2i in self._groups:
             bytes_i = local_v[index_i] * sign_i
             change_t = np.bincount(span_2i.ravel(), np.concatenate([bytes_i, -bytes_i]), self._length + 1)
             line_t = np.cumsum(change_t[: self._length])
             lines += [line_t, np.full(self._length, bytes_i.sum())]
             factors += self._factors(*key, parts_n, fsdp_n)
-            gathers += [key[0] == GATHERED] * 2
-        lines_gt, factors_ng, gathers_g = np.stack(lines), np.stack(factors, axis=1), np.array(gathers)
+            kinds += [key[0]] * 2
+        lines_gt, factors_ng, kinds_g = np.stack(lines), np.stack(factors, axis=1), np.array(kinds)
         total_nt = factors_ng @ lines_gt
         rows = np.arange(len(parts_n))
         inside_nt: dict[int, Floats] = {}
         for time, bodies in self.inner:
-            peaks, gathered = map(np.stack, zip(*(b.peak(local_v, parts_n, fsdp_n) for b in bodies), strict=True))
+            peaks, gathered, _ = map(np.stack, zip(*(b.peak(local_v, parts_n, fsdp_n) for b in bodies), strict=True))
             most = np.argmax(peaks, axis=0)
             total_nt[:, time] += peaks[most, rows]
             inside_nt[time] = gathered[most, rows]
         fullest = np.argmax(total_nt, axis=1)
-        gathered_n = (factors_ng * gathers_g * lines_gt[:, fullest].T).sum(1)
+        held_ng = factors_ng * lines_gt[:, fullest].T
+        gathered_n = held_ng[:, kinds_g == GATHERED].sum(1)
+        gradients_n = np.where(parts_n > 1, held_ng[:, kinds_g == GRADIENT].sum(1), 0.0)
+        stacked_n = held_ng[:, kinds_g == COPY].sum(1) + gradients_n
         for time, inside_n in inside_nt.items():
             gathered_n += np.where(fullest == time, inside_n, 0.0)
-        return total_nt[rows, fullest], gathered_n
+        return total_nt[rows, fullest], gathered_n, stacked_n
 
     @staticmethod
     def _factors(kind: int, shrinks: bool, special: bool, parts_n: Floats, fsdp_n: Floats) -> list[Floats]:

@@ -211,7 +211,7 @@ def test_all_candidates_at_once_are_those_one_by_one(model, remat):
     for mesh, preset in MESHES:
         layout = model.on(mesh, preset)
         counts = np.array([1, 2, 4])
-        peaks, _ = memory._program(remat).body.peak(
+        peaks, _, _ = memory._program(remat).body.peak(
             memory._program(remat).arrays.split(splits_of(layout)), counts * 1.0, np.full(3, float(mesh.fsdp))
         )
         np.testing.assert_allclose(peaks, [brute_force(memory, layout, remat, m) for m in counts], rtol=1e-9)
@@ -243,6 +243,14 @@ def test_more_microbatches_never_keep_more(model):
     found = memory_of(model).bytes(splits_of(model), "full", [2, 4, 8], 1)
     assert np.all(np.diff(found.layers) < 0)
     assert np.all(np.diff(found.total) < 0)
+
+
+def test_gradients_of_a_microbatch_lie_beside_their_sums_in_a_loop_only():
+    weights = FLOAT * 2 * EMBED * MLP_ROWS
+    scanned, unrolled = (memory_of(m).bytes(splits_of(m), "full", [1, 4]) for m in (SCANNED, UNROLLED))
+    assert scanned.stacked[0] == 0
+    assert scanned.stacked[1] == LAYERS * weights
+    assert not unrolled.stacked.any()
 
 
 def test_weights_are_gathered_one_layer_at_a_time_in_a_loop_only():
