@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,7 @@ from pipelines.problem import (
     trace_loss,
 )
 from search import Plan
-from sharding_rules import Layout, path_str
+from sharding_rules import DATA, Layout, MeshShape, path_str
 
 STEP_STREAM = 2**31 - 1
 """Folded into the key for the steps, so that no step's key is one that `init_fn` drew by splitting."""
@@ -145,11 +146,17 @@ class TrainProgram:
         self.batch_shardings = self._shardings(layout.specs("batch"))
         trainable, _ = split_trainable(values.params)
         opt_state = jax.eval_shape(optimizer.init, trainable)
+        state_specs, update_specs = layout.state_specs(opt_state), layout.specs("params")
+        if plan.optimizer_sharding:
+            state_specs = spread_over_data(state_specs, opt_state, plan.mesh)
+            update_specs = spread_over_data(update_specs, values.params, plan.mesh)
+        # Gradients as the optimizer takes them: as the parameters lie at rest, or as its state does.
+        self._update_shardings = self._shardings(update_specs)
         state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), values.params, opt_state, values.state, abstract_key())
         self.state_shardings = TrainState(
             self._replicated,
             self._param_shardings,
-            self._shardings(layout.state_specs(opt_state)),
+            self._shardings(state_specs),
             self._shardings(layout.specs("state")),
             self._replicated,
         )
@@ -322,6 +329,9 @@ class TrainProgram:
         scale = 1.0 / totals["loss"][1]
         trainable, fixed = split_trainable(state.params)
         grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), sums, trainable)
+        if self.plan.optimizer_sharding:
+            split = split_trainable_like(self._update_shardings, self._values.params)
+            grads = jax.lax.with_sharding_constraint(grads, split)
         squares = [jnp.sum(jnp.square(jnp.abs(g).astype(jnp.float32))) for g in jax.tree.leaves(grads)]
         grad_norm = jnp.sqrt(sum(squares, jnp.float32(0)))
         finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
@@ -374,6 +384,30 @@ class TrainProgram:
 
         arguments = (self._param_shardings, self.state_shardings.model_state, shardings, self._replicated)
         return jax.jit(sums, in_shardings=arguments, out_shardings=self._replicated), shardings
+
+
+def spread_over_data(specs: Any, abstract: Any, mesh: MeshShape) -> Any:
+    """Split arrays over `data` too, along the largest dimension that still divides; one that has none stays whole.
+
+    ZeRO-1 (Rajbhandari et al. 2020): for the optimizer's state, which only the update reads.
+
+    >>> weight = jax.ShapeDtypeStruct((8, 64), "float32")
+    >>> tuple(spread_over_data(P(None, "tensor"), weight, MeshShape(data=4, tensor=2)))
+    (None, ('tensor', 'data'))
+    """
+
+    def spread(spec: P, leaf: Any) -> P:
+        entries = [*spec, *[None] * (len(leaf.shape) - len(spec))]
+        axes = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in entries]
+        ways = [math.prod(mesh.sizes[axis] for axis in held) for held in axes]
+        fitting = [i for i, size in enumerate(leaf.shape) if size and size % (ways[i] * mesh.data) == 0]
+        if mesh.data == 1 or not fitting or any(DATA in held for held in axes):
+            return spec
+        chosen = max(fitting, key=lambda i: leaf.shape[i] / ways[i])
+        axes[chosen] = (*axes[chosen], DATA)
+        return P(*(held if len(held) > 1 else held[0] if held else None for held in axes))
+
+    return jax.tree.map(spread, specs, abstract, is_leaf=lambda x: isinstance(x, P))
 
 
 def update_if(ok: jax.Array, update: Callable[[Any], Any], old: Any, *, branch: bool) -> Any:

@@ -158,7 +158,8 @@ class Predictor:
                 training=False,
             )
             at_home = home is not None and MeshShape(**home.shape) == plan.mesh
-            self._plans[key] = plan, home if home is not None and at_home else make_mesh(plan.mesh, devices, order=plan.order)
+            mesh = home if home is not None and at_home else make_mesh(plan.mesh, devices, order=plan.order)
+            self._plans[key] = plan, mesh
         return self._plans[key]
 
     def _program(self, abstract_batch: Any, plan: Plan, mesh: Mesh, params: Any, state: Any) -> PredictProgram:

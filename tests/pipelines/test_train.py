@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,38 @@ def test_batch_norm_state_is_kept_and_used():
     total, weight = program.eval_step(state.params, state.model_state, batch, state.rng)["loss"]
     expected = batch_norm_loss(state.params, batch, state.model_state, False).loss
     np.testing.assert_allclose(total / weight, expected, rtol=F32_SHARDED)
+
+
+@pytest.mark.parametrize("shape", [DATA8, TENSOR])
+def test_optimizer_state_split_over_data_changes_where_it_lies_and_no_value(shape):
+    plain, split = (build(shape, optimizer=optax.adam(1e-2), optimizer_sharding=on) for on in (False, True))
+    (one, history), (other, same) = train(plain), train(split)
+    assert_close(one.params, other.params)
+    assert_close(history, same)
+    spread = [x for x in jax.tree.leaves(other.opt_state[0].mu) if "data" in str(x.sharding.spec)]
+    assert {x.shape for x in spread} >= {x.shape for x in jax.tree.leaves(one.params) if x.ndim == 2}
+    assert all(x.addressable_shards[0].data.size * shape.data <= x.size for x in spread)
+    assert not any("data" in str(x.sharding.spec) for x in jax.tree.leaves(other.params))
+
+
+def test_step_with_a_split_optimizer_holds_no_whole_array_of_its_state():
+    rows = 4096
+
+    def init_fn(rng):
+        return {"w": jax.random.normal(rng, (rows, 4)) * 0.01}
+
+    def loss_fn(params, batch):
+        return jnp.square(params["w"] @ batch["x"][:, :4].T).mean()
+
+    plain, split = (
+        build(DATA8, optimizer=optax.adam(1e-2), loss_fn=loss_fn, init_fn=init_fn, optimizer_sharding=on)
+        for on in (False, True)
+    )
+    moments = 2 * rows * 4 * 4
+    assert plain.compiled_bytes_per_device - split.compiled_bytes_per_device >= 0.9 * moments * 7 / 8
+    # The root of the second moment is taken of what a device holds of it.
+    whole, part = (re.findall(r"f32\[(\d+),4\]\S* sqrt\(", x._executable.as_text()) for x in (plain, split))
+    assert (set(whole), set(part)) == ({str(rows)}, {str(rows // 8)})
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
