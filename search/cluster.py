@@ -437,8 +437,9 @@ def _efficiency(entry: Any, where: str) -> Efficiency | None:
         entry = {**entry, "launch_seconds": tuple((known | dict(items)).items())}
     made = build(Efficiency, entry, where)
     for field in dataclasses.fields(made):
-        if isinstance(value := getattr(made, field.name), int | float):
-            positive(value, f"{where}: {field.name}")
+        if isinstance(field.default, int | float):
+            check = positive if field.default else not_negative
+            check(getattr(made, field.name), f"{where}: {field.name}")
     return made
 
 
