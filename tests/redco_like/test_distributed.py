@@ -174,3 +174,49 @@ def test_environment_variables_start_two_processes_and_a_lone_workdir_is_stated(
     for output in outputs:
         assert "SHARED False processes 2" in output, output
     assert "is not seen by processes [1]" in outputs[0]
+
+
+def test_two_processes_of_unlike_hosts_choose_one_plan_and_see_when_they_would_not(tmp_path):
+    outputs = run_processes(
+        """
+        import dataclasses, optax
+        import pipelines.devices as seen
+        from pipelines import resolve_plan
+        from sharding_rules import PlanError, trace
+        from search import parse_cluster
+
+        def problem():
+            f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+            params = {"up": f32(256, 1024), "down": f32(1024, 256)}
+            loss = lambda params, batch: jnp.square(jnp.tanh(batch["x"] @ params["up"]) @ params["down"]).mean()
+            traced = trace(loss, params, {"x": f32(64, 256)}, names=("params", "batch"))
+            return traced, jax.eval_shape(optax.adam(1e-3).init, params)
+
+        with Deployer(distributed=explicit, deadline_seconds=60) as deployer:
+            seen.os.cpu_count = lambda: 64 if process else 4
+            seen.memory_bytes_per_device = lambda devices: 8e9 if process else 6e6
+            auto = dict(n_devices=8, problem=problem)
+            here = seen.cluster_here(deployer.devices)
+            assert [tier.devices for tier in here.tiers] == [4, 8]
+            assert here.accelerator.usable_memory_bytes == 6e6
+            plan = resolve_plan("auto", cluster=lambda: here, **auto)
+            slow = dataclasses.replace(here.tiers[0], bytes_per_second=1e4)
+            other = dataclasses.replace(here, tiers=(slow, here.tiers[1])) if process else parse_cluster("8xH100")
+            try:
+                resolve_plan("auto", cluster=lambda: other, **auto)
+                message = ""
+            except PlanError as error:
+                message = str(error)
+            print("RESULT", json.dumps({"plan": plan.to_json(), "message": message}))
+        """,
+        tmp_path,
+    )
+    results = []
+    for output in outputs:
+        line = [line for line in output.splitlines() if line.startswith("RESULT ")]
+        assert line, output
+        results.append(json.loads(line[0].removeprefix("RESULT ")))
+    assert results[0]["plan"] == results[1]["plan"]
+    for process, result in enumerate(results):
+        assert f"different plans (process {process}: " in result["message"]
+        assert "the same cluster file" in result["message"]
