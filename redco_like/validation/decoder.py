@@ -116,7 +116,7 @@ def _block(x_BLD: jax.Array, p: Tree, *, a: Architecture, product_dtype: str) ->
     y_BLD = _mlp(h_BLD, p, dots) if "up" in p else 0.0
     if "router" in p:
         y_BLD = y_BLD + _experts(h_BLD, p, a, product_dtype)
-    return x_BLD + (y_BLD * p["gain2"] if "gain2" in p else y_BLD), None
+    return x_BLD + (y_BLD * p["gain2"][None, None] if "gain2" in p else y_BLD), None
 
 
 def _attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any) -> jax.Array:
@@ -149,7 +149,8 @@ def _latent_attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any) -> 
 def _causal_softmax(s: jax.Array) -> jax.Array:
     L = s.shape[-1]
     mask_LM = jax.lax.broadcasted_iota(jnp.int32, (L, L), 0) >= jax.lax.broadcasted_iota(jnp.int32, (L, L), 1)
-    return jax.nn.softmax(jnp.where(mask_LM, s, jnp.finfo(s.dtype).min), axis=-1)
+    mask = mask_LM.reshape((1,) * (s.ndim - 2) + (L, L))
+    return jax.nn.softmax(jnp.where(mask, s, jnp.finfo(s.dtype).min), axis=-1)
 
 
 def _mlp(h_BLD: jax.Array, p: Tree, dots: Any) -> jax.Array:
@@ -221,4 +222,4 @@ def _cast(x: jax.Array, dtype: str) -> jax.Array:
 def _norm(x_BLD: jax.Array, g_D: jax.Array) -> jax.Array:
     x32 = x_BLD.astype(jnp.float32)
     mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean + 1e-5)).astype(x_BLD.dtype) * g_D
+    return (x32 * jax.lax.rsqrt(mean + 1e-5)).astype(x_BLD.dtype) * g_D[None, None]
