@@ -17,8 +17,8 @@ class Validate:
     Example: redco-like validate --data data --plot validation.png
     """
 
-    data: Annotated[pathlib.Path | None, optional("FOLDER", "the data of this repository")] = None
-    """Published runs as CSV files."""
+    data: Annotated[pathlib.Path | None, optional("FOLDER", "$REDCO_LIKE_GROUND_TRUTH")] = None
+    """With published_runs.csv, and optionally vtrain/multi_node.csv."""
     plot: Annotated[pathlib.Path | None, optional("FILE.PNG")] = None
     """Draw estimate against measurement (needs the extra plots)."""
     json: Flag = False
@@ -27,11 +27,12 @@ class Validate:
     on_host = True
 
     def run(self, terminal: Terminal) -> int:
-        from redco_like.validation import validate
-
         check_folder(self.plot)
-        with terminal.progress("estimating published runs"), bad_input():
-            result = validate(self.data, plot=self.plot)
+        with terminal.progress("reading published runs") as tell:
+            from redco_like.validation import validate
+
+            with bad_input():
+                result = validate(self.data, progress=tell, plot=self.plot)
         if self.json:
             terminal.json(result.to_record())
         else:

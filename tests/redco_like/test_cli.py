@@ -466,6 +466,37 @@ def test_profile_writes_a_cluster_that_plan_reads(run, run_file, tmp_path, monke
     assert "mine.toml" in err
 
 
+def test_validate_without_published_runs_says_how_to_name_them(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("REDCO_LIKE_GROUND_TRUTH", raising=False)
+    code, out, err = run("validate")
+    assert (code, out) == (2, "")
+    assert "REDCO_LIKE_GROUND_TRUTH" in err
+    code, out, err = run("validate", "--data", tmp_path)
+    assert (code, out) == (2, "")
+    assert "published_runs.csv" in err
+
+
+def test_validate_prints_its_report(run, tmp_path, monkeypatch):
+    class Report:
+        def to_record(self):
+            return {"bars": []}
+
+        def __rich__(self):
+            return "errors by group"
+
+    def validate(folder, *, progress, plot):
+        progress("estimating")
+        assert (folder, plot) == (tmp_path, tmp_path / "runs.png")
+        return Report()
+
+    monkeypatch.setattr("redco_like.validation.validate", validate)
+    args = ("validate", "--data", tmp_path, "--plot", tmp_path / "runs.png")
+    assert run(*args) == (0, "errors by group\n", "")
+    code, out, _ = run(*args, "--json")
+    assert code == 0
+    assert json.loads(out) == {"bars": []}
+
+
 # Parts.
 
 
