@@ -398,7 +398,25 @@ def test_auto_plan_runs_on_all_devices(deployer):
     trainer = make(deployer, plan="auto", mesh=None)
     trainer.fit(EXAMPLES, global_batch=8, steps=2)
     assert trainer.plan.mesh.size == 8
-    assert json.loads((trainer.folder / "plan.json").read_text())["reason"]
+    record = json.loads((trainer.folder / "plan.json").read_text())
+    assert "(analytic)" in record["reason"]
+    assert record["estimate"]["seconds_per_step"] > 0
+    again = make(deployer, plan=trainer.folder / "plan.json", mesh=None, name="again")
+    again.fit(EXAMPLES, global_batch=8, steps=2)
+    assert again.plan == trainer.plan
+    assert again.program.layout.specs("params") == trainer.program.layout.specs("params")
+
+
+def test_auto_plan_is_for_the_cluster_given(deployer, tmp_path):
+    file = tmp_path / "slow.toml"
+    file.write_text('accelerator = "H100"\n[[tiers]]\nname = "node"\ndevices = 8\nbytes_per_second = 1.0\n')
+    trainer = make(deployer, plan="auto", mesh=None, cluster=file)
+    trainer.prepare(EXAMPLES, global_batch=8)
+    assert trainer.plan.estimate.exposed_seconds > 1
+    with pytest.raises(ValueError, match="16xH100 has 16 devices, but the plan is for 8"):
+        make(deployer, plan="auto", mesh=None, cluster="16xH100", name="b").prepare(EXAMPLES, global_batch=8)
+    with pytest.raises(ValueError, match="did you mean"):
+        make(deployer, plan="auto", mesh=None, cluster="8xH10")
 
 
 @pytest.mark.parametrize("plan, mesh, message", [
@@ -406,6 +424,7 @@ def test_auto_plan_runs_on_all_devices(deployer):
     (rl.Plan(rl.MeshShape(data=2)), "data=4", "the plan is for mesh data=2"),
     ("nowhere/plan.json", None, "no plan file at"),
     ("zero3", None, "unknown preset 'zero3'"),
+    (rl.Plan(rl.MeshShape(stage=8), microbatches=8), None, "the plan has stage=8 .* the step cannot run this yet"),
 ])  # fmt: skip
 def test_impossible_plan_is_refused(deployer, plan, mesh, message):
     trainer = rl.Trainer(deployer, collate, mean_loss, init_mlp, optax.adam(1e-2), plan=plan, mesh=mesh)
