@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from redco_like.cli import units
+from redco_like.cli.words import ordered_axes
 
 if TYPE_CHECKING:
     from redco_like.cli.collectives import Collective
@@ -60,11 +61,10 @@ def plan_table(
             table.add_row(Text(name, style="dim" if name.startswith(" ") else ""), *cells, style=style)
 
     best = plans[0][2].seconds_per_step
-    row("mesh", lambda p, _: "\n".join(f"{a} {n}" for a, n in p.mesh.sizes.items() if n > 1) or "one device")
+    row("mesh", lambda p, _: "\n".join(f"{a} {p.mesh.sizes[a]}" for a in ordered_axes(p)) or "one device")
     row("seq. parallel", lambda p, _: "yes" if "sequence" in p.preset.split("+") else "-")
     if any(p.mesh.stage > 1 for _, p, _ in plans):
         row("schedule", lambda p, _: _schedule(p))
-    row("order", lambda p, _: "\n".join(p.order) if any("order" in text for text in p.planned) else "-")
     row("offload", lambda p, _: "\n".join(p.offload) or "-")
     row("ZeRO-1", lambda p, _: "yes" if p.optimizer_sharding else "-")
     row("params gathered", lambda p, _: "once" if p.mesh.fsdp > 1 and not p.regather else "-")

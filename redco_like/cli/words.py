@@ -43,9 +43,8 @@ def describe(
     """
     lines = []
     places = links(plan, cluster) if cluster else {}
-    for axis, size in plan.mesh.sizes.items():
-        if size == 1:
-            continue
+    for axis in ordered_axes(plan):
+        size = plan.mesh.sizes[axis]
         text = AXES[axis] if training else INFERENCE.get(axis, AXES[axis])
         if axis == TENSOR and "sequence" in plan.preset.split("+"):
             text += "; between blocks they share the tokens (sequence parallelism)"
@@ -60,6 +59,10 @@ def describe(
         lines.append((f"{axis} {size}", f"{size} devices {text}" + (f" [{places[axis]}]" if axis in places else "")))
     if plan.mesh.size == 1:
         lines.append(("one device", "no array is split"))
+    order = ordered_axes(plan)
+    if order != [axis for axis in plan.mesh.sizes if axis in order]:
+        text = f"{', '.join(order)}: outermost first, so that neighbours in {order[-1]} sit next to each other"
+        lines.append(("order", text))
     lines.append(("microbatches", _microbatches(plan, global_batch, training)))
     if training:
         lines.append((f"remat {plan.remat}", REMAT[plan.remat]))
@@ -81,12 +84,16 @@ def _microbatches(plan: Plan, global_batch: int | None, training: bool) -> str:
     return f"{plan.microbatches}{rows}, one after the other{gradients}"
 
 
+def ordered_axes(plan: Plan) -> list[str]:
+    """Mesh axes larger than 1, outermost (slowest links) first."""
+    return list(plan.order) or [axis for axis, size in plan.mesh.sizes.items() if size > 1]
+
+
 def links(plan: Plan, cluster: Cluster) -> dict[str, str]:
     """Mesh axis -> which links its neighbours talk over, where a cluster has more than one node or slice."""
     if cluster.nodes == 1:
         return {}
-    sizes = plan.mesh.sizes
-    order = plan.order or [axis for axis, size in sizes.items() if size > 1]
+    sizes, order = plan.mesh.sizes, ordered_axes(plan)
     node, inside = ("slice", "in a slice") if cluster.torus else ("node", "inside a node")
     found, stride = {}, 1
     for axis in reversed(order):

@@ -534,6 +534,10 @@ def test_words_say_what_each_axis_does_and_over_which_links():
     assert "across nodes" in lines["fsdp 8"]
     assert lines["microbatches"].startswith("2 of 4 examples per device")
     assert "not run yet" not in lines
+    assert "order" not in lines
+    turned = dataclasses.replace(PLAN, order=("tensor", "fsdp"))
+    assert links(turned, cluster) == {"fsdp": "inside a node", "tensor": "across nodes"}
+    assert dict(describe(turned))["order"].startswith("tensor, fsdp")
     planned = dataclasses.replace(PLAN, mesh=MeshShape(stage=4, tensor=8), preset="megatron", offload=("optimizer",))
     lines = dict(describe(planned))
     assert "1F1B" in lines["stage 4"]
