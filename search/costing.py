@@ -15,6 +15,7 @@ import numpy as np
 
 from search.cost import GRADIENTS, PARAMS, STATE, StepSeconds
 from search.estimate import Estimate
+from search.memory import ActivationBytes
 from search.placement import Columns, Floats, Placement, Variant, in_flight
 from search.plan import Plan
 from search.schedules import Timeline, make_schedule, simulate
@@ -46,7 +47,9 @@ def memory_parts(model: Model, place: Placement, columns: Columns) -> dict[str, 
     n, p = len(columns), place.stage
     fsdp_n = np.array(place.fsdp_sizes, np.int64)[columns.fsdp]
     data_n = place.batch_shards / fsdp_n
-    layers, outside, transient, gathered = _activations(model, place, columns)
+    layers, outside, transient, gathered, stacked = _activations(model, place, columns)
+    # Of the largest working set, what grows with the layers on a device: a stage has its share.
+    transient = transient - stacked * (1 - 1 / p)
     kept = ~columns.flags("regather").astype(bool)
     width, stored = (jnp.dtype(model.dtypes[name]).itemsize for name in ("compute_dtype", "param_dtype"))
     best: dict[str, Floats] = {}
@@ -95,15 +98,16 @@ def saved_bytes(model: Model, place: Placement, columns: Columns) -> Floats | No
 
 
 def _activations(model: Model, place: Placement, columns: Columns) -> Floats:
-    """Layers, outside, transient and gathered of `ActivationBytes`, per candidate; shape (4, candidates)."""
+    """The fields of `ActivationBytes`, per candidate; shape (fields, candidates)."""
     fsdp_n = np.array(place.fsdp_sizes, np.int64)[columns.fsdp]
-    out = np.zeros((4, len(columns)))
+    fields = [field.name for field in dataclasses.fields(ActivationBytes)]
+    out = np.zeros((len(fields), len(columns)))
     for remat in np.unique(columns.remat):
         here = columns.remat == remat
         # Variants do not matter: each pair of numbers once.
         pairs, inverse = np.unique(np.stack([columns.microbatches[here], fsdp_n[here]]), axis=1, return_inverse=True)
         found = model.activations(place, model.costs.remats[remat], pairs[0], pairs[1])
-        parts = np.stack([found.layers, found.outside, found.transient, found.gathered])
+        parts = np.stack([getattr(found, name) for name in fields])
         out[:, here] = parts[:, inverse.reshape(-1)]
     return out
 

@@ -64,7 +64,7 @@ class ActivationBytes:
     outside: Ints
     transient: Ints
     gathered: Ints
-    stacked: Ints = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
+    stacked: Ints
 
     @property
     def total(self) -> Ints:

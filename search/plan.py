@@ -105,11 +105,7 @@ class Plan:
         parts += ["an optimizer sharded over data"] if self.optimizer_sharding and self.mesh.data > 1 else []
         parts += ["parameters gathered once per microbatch"] if not self.regather and self.mesh.fsdp > 1 else []
         parts += [f"{what} offloaded to the host" for what in self.offload]
-        parts += [f"mesh axes in the order {', '.join(self.order)}"] if self.order != self._plain_order() else []
         return tuple(parts)
-
-    def _plain_order(self) -> tuple[str, ...]:
-        return tuple(axis for axis, size in self.mesh.sizes.items() if size > 1) if self.order else ()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -43,7 +43,7 @@ class SearchResult:
         evaluated: of which seconds were computed; the rest were below nodes that their bound or memory ruled out.
         memory_checked: of which activations were counted.
         placements, illegal: inner meshes that are legal, and the others with the reason.
-        runners_up: the next fastest plans that fit, best first.
+        runners_up: the next fastest plans that fit, best first; each in its best order of mesh axes.
         pareto: plans that no other beats in both time and memory, fastest first; empty unless asked for.
         advice: where nothing fits, what is missing and what would fit.
         seconds: that the search took.
@@ -98,6 +98,14 @@ class _Leaf:
     @property
     def row(self) -> int:
         return int(self.rows[self.at])
+
+    @property
+    def choice(self) -> tuple[Any, ...]:
+        """What a person would call the plan: everything but the order of its mesh axes on the links."""
+        i = self.row
+        variant = dataclasses.replace(self.columns.variants[int(self.columns.variant[i])], order=())
+        numbers = (self.columns.fsdp, self.columns.remat, self.columns.microbatches)
+        return (id(self.place), variant, *(int(x[i]) for x in numbers))
 
     def entry(self) -> tuple[float, tuple[Any, ...], _Leaf]:
         """Its place in the queue."""
@@ -170,6 +178,7 @@ def solve(
     start = time.perf_counter()
     search = _Search(space)
     found: list[Costed] = []
+    known: set[Any] = set()
     bound = math.inf
     tie = itertools.count()
     heap: list[tuple[float, tuple[Any, ...], int, Any]] = []
@@ -196,11 +205,14 @@ def solve(
             for item in _open(search, node):
                 heapq.heappush(heap, (item[0], item[1], next(tie), item[2]))
             continue
+        if node.choice in known:
+            continue
         search.checked.add((id(node.place), int(node.columns.remat[node.row])))
         if search.leaf_bytes(node) <= search.budget:
             if not found:
                 bound = min(bound, seconds)
             found.append(search.costed(node))
+            known.add(node.choice)
     best = found[0] if found else None
     gap = max(0.0, 1 - bound / best.estimate.seconds_per_step) if best else 0.0
     front = _pareto(search) if pareto else ()

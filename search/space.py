@@ -26,16 +26,18 @@ import numpy.typing as npt
 from search.cluster import Cluster
 from search.cost import CostModel
 from search.memory import ActivationBytes
-from search.placement import Columns, Placement, Variant
+from search.placement import Columns, Placement, Variant, orders
 from search.plan import Plan
 from search.schedules import ScheduleName
 from sharding_rules import AXES, CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, PlanError
 
-HEADROOM = 0.85
-"""Share of a device's usable memory that a plan may count on."""
+HEADROOM = 0.92
+"""Share of a device's usable memory that a plan may count on: the analytic count is at most 5 % below the TPU compiler's
+(`benchmarks/memory_analytic.py`), and the rest is for fragmentation.
+"""
 PLANNED = ("schedule", "chunks", "vocab", "optimizer_sharding", "regather", "offload")
 """Choices that `Variant` has and the step cannot run yet."""
-CHOICES = (*AXES, "sequence", "remat", "microbatches", *PLANNED)
+CHOICES = (*AXES, "sequence", "remat", "microbatches", "order", *PLANNED)
 OFFLOADS = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
 
 
@@ -101,7 +103,7 @@ class Space:
         cluster: where.
         fix: choice -> value: a mesh axis and its size, `sequence` (bool), `remat`, `microbatches`, or a field of
             `Plan` that is planned only.
-        forbid: mesh axes that stay 1, or `sequence`, `optimizer_sharding`, `offload`.
+        forbid: mesh axes that stay 1, or `sequence`, `optimizer_sharding`, `offload`; `order`: only that of `AXES`.
         memory_share: of a device's usable memory that a plan may count on.
         allow_idle: also plans that leave devices unused.
         allow_planned: also plans that the step cannot run yet.
@@ -170,6 +172,8 @@ class Space:
         parts = [m for m in divisors(each) if m == self.fix.get("microbatches", m)]
         parts = [m for m in parts if self.max_microbatch is None or each // m <= self.max_microbatch]
         variants = self.variants(place)
+        if not variants:
+            return Columns(*(np.zeros(0, np.int64),) * 3)
         grid = np.meshgrid(fsdp, remat, parts, np.arange(len(variants)), indexing="ij")
         f, r, m, v = (np.asarray(axis.ravel(), np.int64) for axis in grid)
         columns = Columns(f, r, m, v, variants)
@@ -179,8 +183,9 @@ class Space:
 
     def variants(self, place: Placement) -> tuple[Variant, ...]:
         """Choices that are not sizes, for one placement."""
+        placed = self._orders(place)
         if not self.allow_planned:
-            return (Variant(),)
+            return tuple(Variant(order=order) for order in placed)
         pipelines: list[tuple[ScheduleName, int]] = [("1f1b", 1)]
         vocabs = ["ends"]
         if place.stage > 1:
@@ -190,15 +195,24 @@ class Space:
         shards = [False, True] if place.batch_shards > 1 and "optimizer_sharding" not in self.forbid else [False]
         offloads = OFFLOADS if "offload" not in self.forbid else OFFLOADS[:1]
         found = [
-            Variant(schedule, chunks, vocab, sharded, regather, offload)  # type: ignore[arg-type]
-            for (schedule, chunks), vocab, sharded, regather, offload in itertools.product(
-                pipelines, vocabs, shards, [True, False] if place.batch_shards > 1 else [True], offloads
+            Variant(schedule, chunks, vocab, sharded, regather, offload, order)  # type: ignore[arg-type]
+            for (schedule, chunks), vocab, sharded, regather, offload, order in itertools.product(
+                pipelines, vocabs, shards, [True, False] if place.batch_shards > 1 else [True], offloads, placed
             )
         ]
         fixed = {name: value for name, value in self.fix.items() if name in PLANNED}
         if isinstance(fixed.get("offload"), str):
             fixed["offload"] = tuple(part for part in fixed["offload"].split("+") if part != "none")
         return tuple(v for v in found if all(getattr(v, name) == value for name, value in fixed.items()))
+
+    def _orders(self, place: Placement) -> list[tuple[str, ...]]:
+        """Orders of the mesh axes on the links; only the plain one where all links are alike."""
+        alike = self.cluster.torus is None and self.cluster.nodes == 1
+        if alike or "order" in self.forbid:
+            return [()]
+        wanted = self.fix.get("order")
+        found = [(), *orders(place)[1:]]
+        return found if wanted is None else [order for order in orders(place) if order == tuple(wanted)]
 
     def _sensible(self, place: Placement, columns: Columns) -> npt.NDArray[np.bool_]:
         """Which candidates their schedule can run, and which are not another candidate by another name."""
@@ -207,15 +221,23 @@ class Space:
         interleaved = columns.flags("schedule") == "interleaved"
         fits = ~interleaved | (columns.microbatches % place.stage == 0)
         sharded, regathers = columns.flags("optimizer_sharding"), columns.flags("regather")
-        return fits & (~sharded | (data > 1)) & (regathers | (fsdp > 1))
+        # An axis of size 1 lies nowhere: of the orders that differ in it alone, the one with it in front counts.
+        first = np.array([v.order[:1] in ((), (DATA,)) for v in columns.variants])[columns.variant]
+        second = np.array([FSDP not in v.order or v.order.index(FSDP) <= 1 for v in columns.variants])[columns.variant]
+        placed = ((data > 1) | first) & ((fsdp > 1) | second)
+        return fits & placed & (~sharded | (data > 1)) & (regathers | (fsdp > 1))
 
     def plan(self, place: Placement, columns: Columns, row: int, **fields: Any) -> Plan:
         """The plan of one candidate."""
         inner = Inner(place.tensor, place.context, place.expert, place.sequence, place.batch_shards, place.stage)
         size = place.fsdp_sizes[int(columns.fsdp[row])]
         variant = columns.variants[int(columns.variant[row])]
+        mesh = inner.mesh(size)
+        plain = tuple(axis for axis, n in mesh.sizes.items() if n > 1)
+        order = tuple(axis for axis in variant.order if mesh.sizes[axis] > 1)
+        variant = dataclasses.replace(variant, order=() if order == plain else order)
         return Plan(
-            inner.mesh(size),
+            mesh,
             inner.preset(size),
             (),
             int(columns.microbatches[row]),

@@ -76,9 +76,13 @@ def test_an_estimate_is_saved_beside_the_plan_and_is_no_part_of_it(tmp_path):
     plan = dataclasses.replace(PLAN, estimate=estimate, problem={"model": "llama-3-8b", "seq_len": 8192})
     plan.save(tmp_path / "plan.json")
     found = Plan.load(tmp_path / "plan.json")
-    assert found == PLAN == plan and hash(found) == hash(PLAN)
-    assert found.estimate == estimate and found.problem["seq_len"] == 8192
-    assert estimate.bytes_per_device == 12 and not estimate.fits and estimate.exposed_seconds == 0.5
+    assert found == PLAN == plan
+    assert hash(found) == hash(PLAN)
+    assert found.estimate == estimate
+    assert found.problem["seq_len"] == 8192
+    assert estimate.bytes_per_device == 12
+    assert not estimate.fits
+    assert estimate.exposed_seconds == 0.5
     with pytest.raises(ValueError, match=r"lacks \['flops'\]"):
         Estimate.from_record({k: v for k, v in estimate.to_record().items() if k != "flops"})
     with pytest.raises(ValueError, match="guessed"):
@@ -97,13 +101,13 @@ def test_a_plan_of_the_first_version_is_read():
         ({"mesh": MeshShape(stage=4), "schedule": "zb_h1", "vocab": "spread"}, ("stage=4 (zb_h1)", "vocabulary")),
         ({"offload": ("optimizer",)}, ("optimizer offloaded",)),
         ({"mesh": MeshShape(data=2, fsdp=2), "regather": False}, ("gathered once",)),
-        ({"order": ("tensor", "data")}, ("order tensor, data",)),
-        ({"order": ("data", "tensor")}, ()),
+        ({"order": ("tensor", "data")}, ()),
     ],
 )
 def test_what_the_step_cannot_run_is_said(fields, words):
     planned = dataclasses.replace(PLAN, **fields).planned
-    assert len(planned) == len(words) and all(w in p for w, p in zip(words, planned, strict=True))
+    assert len(planned) == len(words)
+    assert all(w in p for w, p in zip(words, planned, strict=True))
 
 
 def test_specs_of_rules_become_plain_data():
