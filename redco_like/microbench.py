@@ -108,7 +108,7 @@ def measure(
             bench.grow([_product(dtype, *thin)])
     progress("memory, arithmetic and launches")
     # A loop over less would stay in the caches, as what a training step moves does not.
-    bench.grow([_stream(4**i) for i in range(11, 15)])
+    bench.grow([_stream(2**i) for i in (22, 23, 25, 27)], at_least=2)
     bench.grow([_vector(2**17)])
     bench.grow([_transcendental(2**17)])
     bench.grow([_launch()])
