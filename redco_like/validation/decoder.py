@@ -156,8 +156,8 @@ def _causal_softmax(s: jax.Array) -> jax.Array:
 def _mlp(h_BLD: jax.Array, p: Tree, dots: Any) -> jax.Array:
     if "gate" in p:
         gate, up = dots(h_BLD, p["gate"], p["up"])
-        return dots(jax.nn.silu(gate) * up, p["down"])[0]
-    return dots(jax.nn.gelu(dots(h_BLD, p["up"])[0]), p["down"])[0]
+        return dots(_one_kernel(_silu_gate, gate, up), p["down"])[0]
+    return dots(_one_kernel(jax.nn.gelu, dots(h_BLD, p["up"])[0]), p["down"])[0]
 
 
 def _experts(h_BLD: jax.Array, p: Tree, a: Architecture, product_dtype: str) -> jax.Array:
@@ -170,15 +170,15 @@ def _experts(h_BLD: jax.Array, p: Tree, a: Architecture, product_dtype: str) -> 
     gate_BEC, token_BEC = jax.lax.top_k(jnp.swapaxes(gates_BLE, 1, 2), C)
     x_BECD = jnp.take_along_axis(h_BLD[:, None], token_BEC[..., None], axis=2)
 
-    def dots(x_BECD: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+    def dots(x_BECD: Any, *weights: jax.Array) -> list[jax.Array]:
         each = jax.vmap(functools.partial(_dots, dtype=product_dtype), in_axes=(1, *(0 for _ in weights)), out_axes=1)
         return each(x_BECD, *weights)
 
     if "e_gate" in p:
         gate_BECF, up_BECF = dots(x_BECD, p["e_gate"], p["e_up"])
-        h_BECF = jax.nn.silu(gate_BECF) * up_BECF
+        h_BECF = _one_kernel(_silu_gate, gate_BECF, up_BECF)
     else:
-        h_BECF = jax.nn.gelu(dots(x_BECD, p["e_up"])[0])
+        h_BECF = _one_kernel(jax.nn.gelu, dots(x_BECD, p["e_up"])[0])
     y_BECD = dots(h_BECF, p["e_down"])[0] * gate_BEC[..., None].astype(h_BLD.dtype)
     batch_B11 = jnp.arange(B)[:, None, None]
     return jnp.zeros_like(h_BLD).at[batch_B11, token_BEC].add(y_BECD)
@@ -220,6 +220,31 @@ def _cast(x: jax.Array, dtype: str) -> jax.Array:
 
 
 def _norm(x_BLD: jax.Array, g_D: jax.Array) -> jax.Array:
+    return _one_kernel(_rms_norm, x_BLD, g_D)
+
+
+def _rms_norm(x_BLD: jax.Array, g_D: jax.Array) -> jax.Array:
     x32 = x_BLD.astype(jnp.float32)
     mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean + 1e-5)).astype(x_BLD.dtype) * g_D[None, None]
+
+
+def _silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_kernel(fn: Any, *args: Any) -> jax.Array:
+    """Run elementwise work that keeps nothing but its arguments for the backward pass, as a kernel written by hand."""
+    return fn(*args)
+
+
+def _one_kernel_forward(fn: Any, *args: jax.Array) -> tuple[jax.Array, Any]:
+    return fn(*args), args
+
+
+def _one_kernel_backward(fn: Any, args: Any, g: jax.Array) -> tuple[jax.Array, ...]:
+    return jax.vjp(fn, *args)[1](g)
+
+
+_one_kernel.defvjp(_one_kernel_forward, _one_kernel_backward)

@@ -22,7 +22,7 @@ from search.efficiency import Efficiency
 from search.placement import Columns, Placement
 from search.schedule_times import makespan
 from search.space import Inner
-from sharding_rules import MeshShape, PlanError
+from sharding_rules import CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, PlanError
 
 
 @dataclasses.dataclass
@@ -65,9 +65,16 @@ class Problem:
         return costs.seconds(self.place, self.columns).at(0)
 
     def bytes_per_device(self) -> float:
-        """Of the fullest device, analytic."""
-        parts = memory_parts(self.model, self.place, self.columns)
-        return float(sum(part[0] for part in parts.values()))
+        """Of the fullest device, analytic.
+
+        What the gradients of a loop's layers take before they are summed is XLA's; PyTorch adds each at once.
+        """
+        total = float(sum(part[0] for part in memory_parts(self.model, self.place, self.columns).values()))
+        if self.run.framework == "compiled":
+            return total
+        fsdp = np.array([self.run.fsdp], np.int64)
+        held = self.model.activations(self.place, self.run.remat, self.columns.microbatches, fsdp)
+        return total - float(held.stacked[0]) / self.place.stage
 
 
 class Problems:
@@ -138,7 +145,16 @@ def plan_of(run: Run) -> Plan:
         vocab="spread" if run.spread_vocab else "ends",
         optimizer_sharding=run.zero == 1,
         regather=run.zero != 2,
+        order=_order(run),
     )
+
+
+def _order(run: Run) -> tuple[str, ...]:
+    """Mesh axes, outermost first: Megatron puts stages outside of replicas, others as the mesh has them."""
+    if run.framework != "megatron" or run.stage == 1:
+        return ()
+    names = (STAGE, DATA, FSDP, EXPERT, CONTEXT, TENSOR)
+    return tuple(axis for axis in names if getattr(run, axis) > 1)
 
 
 def cluster_of(run: Run) -> Cluster:

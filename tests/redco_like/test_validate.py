@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -279,7 +280,7 @@ def test_a_report_of_one_made_up_run_is_whole(tmp_path):
 
     from rich.console import Console
 
-    console = Console(record=True, width=160, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=160, file=io.StringIO())
     console.print(report)
     assert "google-maxtext" in console.export_text()
 
