@@ -7,16 +7,18 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import search
 from redco_like.report.bars import Row, draw_communication, draw_plans, memory_parts, time_parts
 from redco_like.report.lanes import step_lanes
-from redco_like.report.markup import Markup, amount, gib, percent, seconds, tag
+from redco_like.report.markup import TIMES, Markup, amount, gib, percent, seconds, tag
 from redco_like.report.pareto import draw_pareto
 from redco_like.report.style import JS, css
-from redco_like.report.tables import axes_table, params_table, params_total, plans_table
+from redco_like.report.tables import axes_table, params_table, params_total, plans_table, sensitivity_table
 from redco_like.report.timeline import NAMES, choose_cuts, draw_timeline, drawn_every, timeline_kinds
 from redco_like.report.words import exposed, field, how_words, mesh_words
-from search import Plan, TracedModel
+from search import Plan, Sensitivity, TracedModel
 from search.estimate import Estimate
+from search.schedules import Timeline
 from search.solver import SearchResult
 from sharding_rules import Layout, PlanError, make_layout
 
@@ -31,6 +33,7 @@ def write_report(
     result: SearchResult | None = None,
     plan: Plan | None = None,
     estimate: Estimate | None = None,
+    sensitivity: Sequence[Sensitivity] | None = None,
 ) -> pathlib.Path:
     """Write one self-contained HTML page on the result of a search, or on one plan.
 
@@ -40,6 +43,7 @@ def write_report(
         model: the traced model: for its cluster, the table of axes and the parameters.
         result: of `search.solve`. Without it:
         plan, estimate: the plan to show, and what it is expected to do; by default the estimate stored in the plan.
+        sensitivity: of the winner and the runners-up, in this order; by default it is computed if `model` is there.
 
     Returns:
         The path.
@@ -48,7 +52,10 @@ def write_report(
         ValueError: neither a result nor a plan with an estimate.
     """
     path = pathlib.Path(path)
-    path.write_text(report_html(problem=problem, model=model, result=result, plan=plan, estimate=estimate), "utf-8")
+    path.write_text(
+        report_html(problem=problem, model=model, result=result, plan=plan, estimate=estimate, sensitivity=sensitivity),
+        "utf-8",
+    )
     return path
 
 
@@ -59,6 +66,7 @@ def report_html(
     result: SearchResult | None = None,
     plan: Plan | None = None,
     estimate: Estimate | None = None,
+    sensitivity: Sequence[Sensitivity] | None = None,
 ) -> str:
     """The page of `write_report` as text."""
     rows, front = _rows(result, plan, estimate)
@@ -73,7 +81,9 @@ def report_html(
         sections += [_compared(rows), _timeline(best, model, problem), _communication(best.estimate, best.plan)]
         if len(front) > 1:
             sections.append(_pareto(front, rows))
-        sections += [_table(rows), _axes(best.plan, model, problem), _file(best.plan)]
+        if sensitivity is None and model is not None and result is not None:
+            sensitivity = search.sensitivity(model, [row.plan for row in rows])
+        sections += [_table(rows, sensitivity or ()), _axes(best.plan, model, problem), _file(best.plan)]
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -201,7 +211,8 @@ def _compared(rows: Sequence[Row]) -> Markup:
 
 
 def _timeline(row: Row, model: TracedModel | None, problem: Any) -> Markup:
-    step = step_lanes(row.plan, row.estimate, forward_share=_forward_share(model, row.plan, problem))
+    share = _forward_share(model, row.plan, problem)
+    step = step_lanes(row.plan, row.estimate, forward_share=share, timeline=_schedule(model, row.plan))
     e = row.estimate
     waits = sum(exposed(e).values())
     said = f"Devices compute for {_of(e.seconds.get('compute', 0.0), e)} of the step"
@@ -270,8 +281,22 @@ def _pareto(front: Sequence[Row], rows: Sequence[Row]) -> Markup:
     )
 
 
-def _table(rows: Sequence[Row]) -> Markup:
-    return _section("plans", "Plans" if len(rows) > 1 else "The plan in numbers", "", plans_table(rows), long=True)
+def _table(rows: Sequence[Row], sensitivity: Sequence[Sensitivity]) -> Markup:
+    title = "Plans" if len(rows) > 1 else "The plan in numbers"
+    more: list[Markup] = []
+    if sensitivity and len(rows) > 1:
+        factor = max(row.factor for row in sensitivity)
+        lost = [row for row in sensitivity if row.winner != 0]
+        said = f"With any one of them off by a factor of {factor:.2f}, up or down, plan 1 stays the fastest of these."
+        if lost:
+            cases = [f"plan {rows[r.winner].name} with {r.constant} at {TIMES} {r.factor:.2f}" for r in lost]
+            said = f"Another of these plans would be the fastest: {'; '.join(cases)}."
+        more = [
+            tag("h3", "If the model's constants are off"),
+            tag("p", said),
+            sensitivity_table(sensitivity, [row.name for row in rows]),
+        ]
+    return _section("plans", title, "", plans_table(rows), *more, long=True)
 
 
 def _axes(plan: Plan, model: TracedModel | None, problem: Any) -> Markup:
@@ -339,6 +364,16 @@ def _layout(plan: Plan, model: TracedModel | None, problem: Any) -> Layout | Non
         return model.layout.on(mesh, plan.preset, rules=plan.rules)
     traced = field(problem, "traced")
     return None if traced is None else make_layout(traced, mesh, plan.preset, rules=plan.rules)
+
+
+def _schedule(model: TracedModel | None, plan: Plan) -> Timeline | None:
+    """When the stages of a pipeline work, if there are any and the model is there to say it."""
+    if model is None or plan.mesh.stage == 1:
+        return None
+    try:
+        return search.timeline(model, plan)
+    except PlanError:
+        return None  # a plan with rules of its own is drawn with equal stages
 
 
 def _forward_share(model: TracedModel | None, plan: Plan, problem: Any) -> float | None:

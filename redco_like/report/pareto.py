@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def draw_pareto(front: Sequence[Row], rows: Sequence[Row], width: int) -> Markup
     low_t, high_t = (low_t / pad, high_t * pad) if log else (low_t - pad, high_t + pad)
     fits = usable < 1.5 * max(bytes_)
     low_b, high_b = min(bytes_), max(*bytes_, usable if fits else 0)
-    low_b, high_b = max(0.0, low_b - 0.08 * (high_b - low_b or high_b)), high_b + 0.05 * (high_b - low_b or high_b)
+    low_b, high_b = max(0.0, low_b - 0.08 * (high_b - low_b or high_b)), high_b + 0.12 * (high_b - low_b or high_b)
 
     def x(seconds: float) -> float:
         value = seconds / size
@@ -63,12 +64,17 @@ def draw_pareto(front: Sequence[Row], rows: Sequence[Row], width: int) -> Markup
         at = x(row.estimate.seconds_per_step), y(row.estimate.bytes_per_device / 2**30)
         marks.append(_circle(*at, 3.5, "point", plan_tip("on the front", row.plan, row.estimate)))
     labels = _Labels([(x(r.estimate.seconds_per_step), y(r.estimate.bytes_per_device / 2**30)) for r in every])
+    if fits:
+        labels.avoid(left, width - right, y(usable), y(usable))
+    for a, b in itertools.pairwise(spots):
+        labels.avoid(a[0], b[0], a[1], a[1])
+        labels.avoid(b[0], b[0], b[1], a[1])
     for k, row in reversed(list(enumerate(rows))):
         at = x(row.estimate.seconds_per_step), y(row.estimate.bytes_per_device / 2**30)
         marks.append(_circle(*at, 5, "winner" if k == 0 else "runner", plan_tip(row.name, row.plan, row.estimate)))
     for k, row in enumerate(rows):
         at = x(row.estimate.seconds_per_step), y(row.estimate.bytes_per_device / 2**30)
-        for words in [f"{row.name}  {mesh_words(row.plan)}"] * (k == 0 and not narrow) + [row.name]:
+        for words in [f"{row.name}: {mesh_words(row.plan)}"] * (k == 0 and not narrow) + [row.name]:
             if place := labels.place(*at, words, (left, width)):
                 marks.append(text(*place, words, "mark strong" if k == 0 else "mark small"))
                 break
@@ -85,18 +91,15 @@ class _Labels:
     def __init__(self, points: Sequence[tuple[float, float]]):
         self.taken = [(a - 5, b - 5, a + 5, b + 5) for a, b in points]
 
+    def avoid(self, left: float, right: float, top: float, bottom: float) -> None:
+        """Keep labels off a straight line."""
+        self.taken.append((left - 2, top - 2, right + 2, bottom + 2))
+
     def place(self, x: float, y: float, words: str, within: tuple[float, float]) -> tuple[float, float] | None:
         wide = text_width(words)
-        places = (
-            (10, 4),
-            (-wide - 8, 4),
-            (8, -9),
-            (8, 17),
-            (-wide / 2, -11),
-            (-wide / 2, 20),
-            (-wide - 6, -9),
-            (-wide - 6, 17),
-        )
+        beside, centred = (10, -wide - 8), -wide / 2
+        places = [*((dx, 4) for dx in beside), (centred, -11), (centred, 20)]
+        places += [(8, -9), (8, 17), (-wide - 6, -9), (-wide - 6, 17)]
         for dx, dy in places:
             box = (x + dx, y + dy - 10, x + dx + wide, y + dy + 2)
             inside = box[0] >= within[0] and box[2] <= within[1]

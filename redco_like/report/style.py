@@ -18,6 +18,7 @@ body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 -apple-system,"
 font-variant-numeric:tabular-nums;-webkit-text-size-adjust:100%}
 main{max-width:1024px;margin:0 auto;padding:28px 32px 64px}
 h1{font-size:30px;line-height:1.2;margin:2px 0 6px;font-weight:650;letter-spacing:-.01em;overflow-wrap:anywhere}
+h3{font-size:15px;margin:24px 0 2px;font-weight:650}
 h2{font-size:18px;margin:0 0 2px;font-weight:650}
 section{margin-top:44px}
 p{margin:0 0 10px;text-wrap:pretty}
@@ -54,6 +55,7 @@ text.on.backward,text.on.hidden{fill:var(--on-light)}
 .rule{stroke:var(--faint);stroke-width:1}
 .break{stroke:var(--soft);stroke-width:1}
 .limit{stroke:var(--limit);stroke-width:1.2;stroke-dasharray:4 3}
+.whisker,.limit,.grid,.front,.mark{pointer-events:none}
 .whisker{stroke:var(--fg);stroke-width:1.2}
 .block{stroke:var(--bg);stroke-width:.7}
 .block:hover{stroke:var(--fg);stroke-width:1.2}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from redco_like.report.bars import Row
 from redco_like.report.markup import TIMES, Markup, decimals, gib, join, tag, time_unit
 from redco_like.report.words import MEMORY_PARTS, exposed, how_words, mesh_words
+from search import Sensitivity
 from sharding_rules import Layout
 from sharding_rules.explain import ParamLine, axis_lines, param_lines
 
@@ -77,6 +78,19 @@ def plans_table(rows: Sequence[Row]) -> Markup:
     return table(
         head, cells, groups=groups, numbers=range(2, len(head)), best=0 if len(rows) > 1 else -1, class_="full"
     )
+
+
+def sensitivity_table(rows: Sequence[Sensitivity], names: Sequence[str]) -> Markup:
+    """Seconds of the plans with one constant of the model turned down or up; the fastest of a row is bold."""
+    unit, size = time_unit(rows[0].seconds[0])
+    places = decimals(max(max(row.seconds) for row in rows) / size, 4)
+    cells = []
+    for row in rows:
+        times = [f"{s / size:.{places}f}" for s in row.seconds]
+        times = [tag("b", words) if k == row.winner else words for k, words in enumerate(times)]
+        cells.append([row.constant, f"{TIMES} {row.factor:.2f}", *times])
+    head = ["constant", "rate", *(f"plan {name}, {unit}" for name in names)]
+    return table(head, cells, numbers=range(1, len(head)))
 
 
 def axes_table(layout: Layout) -> Markup:

@@ -320,6 +320,31 @@ def test_plans_are_told_in_words_with_all_that_they_choose():
     )
 
 
+def test_which_constant_would_change_the_winner_is_said():
+    rows = [search.Sensitivity("attention", factor, (10.0, 10.1, 10.2, 10.3), 0) for factor in (0.87, 1.15)]
+    steady = Page(report_html(problem=PROBLEM, result=result(), sensitivity=rows)).words["plans"]
+    assert "off by a factor of 1.15, up or down, plan 1 stays the fastest" in steady
+    rows[0] = search.Sensitivity("attention", 0.87, (11.5, 11.9, 11.2, 12.0), 2)
+    other = Page(report_html(problem=PROBLEM, result=result(), sensitivity=rows)).words["plans"]
+    assert f"Another of these plans would be the fastest: plan 3 with attention at {markup.TIMES} 0.87." in other
+
+
+def test_a_pipeline_of_a_model_has_the_times_of_its_stages(problem):
+    """Embedding and head make the ends slower than the middle; the picture has what the schedule's simulation has."""
+    traced = problem["traced"]
+    state = jax.eval_shape(optax.adam(1e-3).init, traced.arg("params"))
+    model = search.TracedModel(traced, state, search.parse_cluster("6xA100"))
+    piped = Plan(MeshShape(stage=3, data=2), "data", (), 2, compute_dtype=model.dtypes["compute_dtype"])
+    expected = search.estimate_plan(model, piped)
+    page = Page(report_html(problem=problem, model=model, plan=piped, estimate=expected))
+    simulated = search.timeline(model, piped)
+    wanted = [b.end_seconds - b.start_seconds for rank in simulated.busy for b in rank if b.op.kind == "F"]
+    drawn = [width for _, _, width in page.marks("timeline", "forward")]
+    assert len(drawn) == 3 * 2
+    assert [w / drawn[0] for w in drawn] == pytest.approx([w / wanted[0] for w in wanted], rel=0.01)
+    assert wanted[0] != pytest.approx(wanted[-1], rel=0.02)
+
+
 # Numbers and markup.
 
 
@@ -356,5 +381,10 @@ def test_a_search_of_a_real_model_makes_a_page(problem):
     page = Page(report_html(problem={"name": "llama"}, model=model, result=found))
     assert "llama on 8xA100" in page.words["headline"]
     assert markup.seconds(found.best.estimate.seconds_per_step) in page.words["headline"]
+    rows = search.sensitivity(model, [found.best.plan, *(other.plan for other in found.runners_up)])
+    for row in rows:
+        assert row.constant in page.words["plans"]
+    # The fastest plan of every row is bold.
+    assert len([tag for tag, _, inside in page.elements if tag == "b" and "plans" in inside]) == len(rows)
     for axis, size in found.best.plan.mesh.sizes.items():
         assert size == 1 or axis in page.words["axes"]
