@@ -93,7 +93,10 @@ padding:6px 9px;border-radius:4px;white-space:pre-line;pointer-events:none}
 footer{margin-top:48px;color:var(--soft);font-size:13px}
 @media (max-width:720px){main{padding:18px 16px 48px}.wide{display:none}.narrow{display:block}h1{font-size:25px}
 .stats{grid-template-columns:repeat(2,1fr);gap:14px 18px}section{margin-top:36px}.stats .big{font-size:23px}}
-@media print{:root{color-scheme:light;--bg:#fff;--fg:#000;--soft:#444;--faint:#ddd}main{max-width:none;padding:0}
+@page{margin:14mm}
+@media print{h2,h3{break-after:avoid}tr{break-inside:avoid}.scroll{overflow:visible}
+.full{font-size:9.5px}.full th,.full td{padding-right:6px}.more{min-width:110px}
+:root{color-scheme:light;--bg:#fff;--fg:#000;--soft:#444;--faint:#ddd}main{max-width:none;padding:0}
 .wide{display:block}.narrow{display:none}.stats{grid-template-columns:repeat(4,1fr)}
 section{break-inside:avoid-page;margin-top:26px}section.long{break-inside:auto}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}#tip{display:none}}
 """

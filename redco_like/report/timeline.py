@@ -37,8 +37,8 @@ at, above which those of a lane and kind are one shape.
 BREAK = 40
 """Pixels of a stretch that is left out."""
 TOP, AXIS = 24, 34
-LEAST = {True: 13.0, False: 48.0}
-AIM = {True: 25.0, False: 84.0}
+LEAST = {True: 13.0, False: 64.0}
+AIM = {True: 25.0, False: 120.0}
 """Pixels of one microbatch's passes, in pipelines and else: below the first, some are left out to get to the other."""
 
 
