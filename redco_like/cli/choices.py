@@ -20,7 +20,8 @@ NAMED = {
     "vocab": get_args(Vocab),
     "offload": ("none", *dict.fromkeys(what for some in OFFLOADS for what in some)),
 }
-FORBIDDABLE = (*AXES, "sequence", "optimizer_sharding", "offload")
+LISTS = ("order",)
+FORBIDDABLE = (*AXES, "sequence", "order", "optimizer_sharding", "offload")
 WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -69,6 +70,12 @@ def _value(name: str, value: str) -> Any:
         if value.lower() not in WORDS:
             raise UsageError(f"--fix {name}={value}: {name} is true or false")
         return WORDS[value.lower()]
+    if name in LISTS:
+        axes = tuple(value.split("+"))
+        if unknown := [axis for axis in axes if axis not in AXES]:
+            what = f"{unknown[0]} is no mesh axis{_near(unknown[0], AXES)}"
+            raise UsageError(f"--fix {name}={value}: {what}; write them outermost first: data+fsdp+tensor")
+        return axes
     for part in value.split("+") if name == "offload" else [value]:
         if part not in NAMED[name]:
             raise UsageError(f"--fix {name}={value}: {name} is one of {', '.join(NAMED[name])}")

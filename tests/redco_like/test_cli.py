@@ -293,9 +293,11 @@ def test_architecture_by_name(run):
         ({"--fix": "tensor=3"}, "3"),
         ({"--fix": "remat=some"}, "remat"),
         ({"--fix": "sequence=3"}, "true or false"),
+        ({"--fix": "order=tensr+data"}, "tensor"),
         ({"--fix": "offload=optimiser"}, "optimizer"),
         ({"--fix": "microbatches=3"}, "nearest: 2"),
         ({"--fix": "stage=2"}, "--allow-planned"),
+        ({"--fix": "order=data+stage", "--cluster": "4x8xH100"}, "no mesh of 32 devices"),
         ({"--forbid": "pipeline"}, "pipeline"),
         ({"--forbid": "remat"}, "stage"),
         ({"--cluster": ""}, "8xH100"),
@@ -501,16 +503,17 @@ def test_validate_prints_its_report(run, tmp_path, monkeypatch):
 
 
 def test_fixed_choices_are_read():
-    pairs = ("tensor=8, data=2", "remat=full", "sequence=true", "offload=optimizer+activations")
+    pairs = ("tensor=8, data=2", "remat=full", "sequence=true", "offload=optimizer+activations", "order=tensor+data")
     assert choices.fixed(pairs) == {
         "tensor": 8,
         "data": 2,
         "remat": "full",
         "sequence": True,
         "offload": "optimizer+activations",
+        "order": ("tensor", "data"),
     }
     assert choices.forbidden(("stage,context",)) == ("stage", "context")
-    assert {*choices.SIZES, *choices.SWITCHES, *choices.NAMED} == set(CHOICES)
+    assert {*choices.SIZES, *choices.SWITCHES, *choices.LISTS, *choices.NAMED} == set(CHOICES)
     with pytest.raises(UsageError, match="twice"):
         choices.fixed(("tensor=8", "tensor=4"))
 
