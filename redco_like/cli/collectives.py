@@ -53,13 +53,14 @@ def collectives(model: TracedModel, plan: Plan) -> list[Collective]:
         if not axes or not times or (flow.again and not plan.regather):
             continue
         volume = _bytes(flow, int(columns.fsdp[0]), m) / math.prod(float(sizes[axis][0]) for axis in flow.split)
-        once = collective_seconds(
-            model.costs.cluster,
-            flow.kind,
-            volume,
-            tuple(float(sizes[axis][0]) for axis in flow.axes),
-            tuple(float(strides[axis][0]) for axis in flow.axes),
-        )
+        group = [(float(sizes[axis][0]), float(strides[axis][0])) for axis in flow.axes]
+        once = collective_seconds(model.costs.cluster, flow.kind, volume, *zip(*group, strict=True))
+        # What links attain and compute waits for, as in `CostModel`: one that leaves the node is bound by the network.
+        attained = model.costs.efficiency
+        inside = sum((n - 1) * stride for n, stride in group) < model.costs.cluster.devices_per_node
+        once = once / (attained.links if inside else attained.network)
+        if not flow.hides and flow.phase != "step":
+            once = once * attained.unhidden
         runs = times * (1 if flow.phase == "step" else m)
         on_stages_k3 = np.outer(weights_kr[:, REGIONS.index(flow.region)], [runs, runs * volume, runs * float(once)])
         key = (axes, flow.kind, flow.phase, flow.hides)
