@@ -159,6 +159,7 @@ def _point(problem: Problem, split: Split, efficiency: _Constants) -> Point:
         group=run.group,
         split=split,
         model=run.model,
+        case=f"vocab {run.architecture.vocab}, length {run.seq_len}, batch {run.global_batch}",
         accelerator=run.accelerator,
         devices=run.devices,
         plan=_plan_words(run),
@@ -209,7 +210,7 @@ def _schedules(points: Sequence[Point]) -> tuple[tuple[str, int, int], ...]:
         groups: dict[str, list[Point]] = {}
         for point in points:
             if point.source == source:
-                groups.setdefault(point.row.rpartition("_v")[2], []).append(point)
+                groups.setdefault(point.case, []).append(point)
         right = pairs = 0
         for mine in groups.values():
             for i, a in enumerate(mine):

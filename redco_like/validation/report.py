@@ -23,6 +23,7 @@ class Point:
     """One run: what was measured and what is estimated.
 
     Attributes:
+        case: what is computed, whatever the plan: vocabulary, length and batch.
         seconds, estimate: of a step, measured and analytic.
         memory_bytes, memory_estimate: of the fullest device, where it was measured.
         parts: share of the estimate by part.
@@ -34,6 +35,7 @@ class Point:
     group: str
     split: Split
     model: str
+    case: str
     accelerator: str
     devices: int
     plan: str
@@ -160,7 +162,7 @@ class ValidationReport:
             dict(zip(("field", "scope", "framework", "value", "low", "high"), c, strict=True)) for c in self.constants
         ]
         record["label"] = "analytic estimates against measured runs"
-        return record
+        return _without_nan(record)
 
     def to_json(self) -> str:
         return json.dumps(self.to_record(), indent=1)
@@ -228,6 +230,15 @@ def errors(name: str, split: Split, points: list[Point]) -> Errors:
         float(size.max()),
         spearman(estimates, measured),
     )
+
+
+def _without_nan(x: Any) -> Any:
+    """JSON has no NaN: the correlation of a single run is null."""
+    if isinstance(x, dict):
+        return {key: _without_nan(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_without_nan(value) for value in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -245,7 +245,22 @@ def test_regret_and_ranks():
 def make_point(estimate: float, **changes) -> Point:
     return dataclasses.replace(
         Point(
-            "r", "s", "g", "fitted", "m", "A100-80", 8, "fsdp=8", True, 1.0, estimate, None, 1e9, True, {"compute": 1.0}
+            "r",
+            "s",
+            "g",
+            "fitted",
+            "m",
+            "c",
+            "A100-80",
+            8,
+            "fsdp=8",
+            True,
+            1.0,
+            estimate,
+            None,
+            1e9,
+            True,
+            {"compute": 1.0},
         ),
         **changes,
     )
@@ -274,6 +289,7 @@ def test_a_report_of_one_made_up_run_is_whole(tmp_path):
     assert point.estimate > 0
     record = json.loads(report.to_json())
     assert record["points"][0]["seconds"] == 1.5
+    assert record["groups"][0]["rank"] is None
     assert {bar["name"] for bar in record["bars"]} == {"google-maxtext (fitted), mean error of step time"}
     assert report.plot(tmp_path / "again.svg") is None
     assert (tmp_path / "plot.svg").read_text().count("<") > 3
