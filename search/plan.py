@@ -102,7 +102,6 @@ class Plan:
             chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
             parts.append(f"stage={self.mesh.stage} ({self.schedule}{chunks})")
             parts += ["the vocabulary spread over the stages"] if self.vocab == "spread" else []
-        parts += ["an optimizer sharded over data"] if self.optimizer_sharding and self.mesh.data > 1 else []
         parts += ["parameters gathered once per microbatch"] if not self.regather and self.mesh.fsdp > 1 else []
         parts += [f"{what} offloaded to the host" for what in self.offload]
         return tuple(parts)

@@ -123,21 +123,21 @@ class _Search:
         self.checked: set[Any] = set()
         self._counted: dict[int, tuple[Columns, np.ndarray]] = {}
 
-    def place(self, inner: Inner) -> tuple[Placement, Columns] | None:
+    def place(self, inner: Inner, *, everything: bool = False) -> tuple[Placement, Columns] | None:
         """A legal placement with its candidates, if it has any."""
         place = self.model.place(inner)
         if isinstance(place, str):
             name = f"{inner.mesh()}{' sequence' if inner.sequence else ''}"
             self.illegal[name] = place
             return None
-        columns = self.space.columns(place)
+        columns = self.space.columns(place, everything=everything)
         return (place, columns) if len(columns) else None
 
     def least_bytes(self, place: Placement, columns: Columns) -> np.ndarray:
         """What candidates cannot do without."""
         params, gradients, state = self.costs.held(place, columns)
         data = place.batch_shards / np.array(place.fsdp_sizes)[columns.fsdp]
-        state = np.where(columns.offloads("optimizer"), 0.0, state)
+        state = 0.0 if any("optimizer" in what for what in self.space.offloads) else state
         return params + gradients + state / np.where(columns.flags("optimizer_sharding"), data, 1.0)
 
     def bytes(self, place: Placement, columns: Columns) -> np.ndarray:
@@ -213,6 +213,9 @@ def solve(
                 bound = min(bound, seconds)
             found.append(search.costed(node))
             known.add(node.choice)
+        else:
+            for item in _offloaded(search, node):
+                heapq.heappush(heap, (item[0], item[1], next(tie), item[2]))
     best = found[0] if found else None
     gap = max(0.0, 1 - bound / best.estimate.seconds_per_step) if best else 0.0
     front = _pareto(search) if pareto else ()
@@ -244,7 +247,8 @@ def _open(search: _Search, node: Any) -> Iterator[tuple[float, tuple[Any, ...], 
         fits = search.least_bytes(place, columns) <= search.budget
         for remat in np.unique(columns.remat[fits]):
             below = columns.take(np.flatnonzero(fits & (columns.remat == remat)))
-            yield search.costs.bound(place, int(remat), sharded=search.space.allow_planned), (), (place, below)
+            sharded = "optimizer_sharding" not in search.space.forbid
+            yield search.costs.bound(place, int(remat), sharded=sharded), (), (place, below)
         return
     if isinstance(node, _Leaf):
         columns = node.columns.take(node.row)
@@ -260,6 +264,24 @@ def _open(search: _Search, node: Any) -> Iterator[tuple[float, tuple[Any, ...], 
     yield _Leaf(place, columns, parts, rows, 0, exact=exact).entry()
 
 
+def _offloaded(search: _Search, leaf: _Leaf) -> Iterator[tuple[float, tuple[Any, ...], _Leaf]]:
+    """A candidate that does not fit, with more and more of it in the host's memory: never faster than without."""
+    one = leaf.columns.take(leaf.row)
+    variant = one.variants[int(one.variant[0])]
+    moved = tuple(dataclasses.replace(variant, offload=what) for what in search.space.offloads if what)
+    if variant.offload or not moved:
+        return
+    every = np.zeros(len(moved), np.int64)
+    columns = dataclasses.replace(one.take(every), variant=np.arange(len(moved)), variants=moved)
+    search.candidates += len(moved)
+    rows = np.flatnonzero(search.bytes(leaf.place, columns) <= search.budget)
+    if len(rows):
+        search.evaluated += len(moved)
+        parts = search.seconds(leaf.place, columns, exact=True)
+        for row in rows:
+            yield _Leaf(leaf.place, columns, parts, np.array([row]), 0, exact=True).entry()
+
+
 def _order(place: Placement, columns: Columns, i: int) -> tuple[Any, ...]:
     """Among equals the simpler candidate comes first, always the same one."""
     sizes = (place.stage, place.tensor, place.context, place.expert)
@@ -270,7 +292,7 @@ def _order(place: Placement, columns: Columns, i: int) -> tuple[Any, ...]:
 
 def _everything(search: _Search) -> Iterator[tuple[Placement, Columns]]:
     for inner in search.space.inner_meshes():
-        made = search.place(inner)
+        made = search.place(inner, everything=True)
         if made is not None:
             yield made
 

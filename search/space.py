@@ -27,18 +27,18 @@ from search.cluster import Cluster
 from search.cost import CostModel
 from search.memory import ActivationBytes
 from search.placement import Columns, Placement, Variant, orders
-from search.plan import Plan
+from search.plan import Offload, Plan
 from search.schedules import ScheduleName
 from sharding_rules import AXES, CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, PlanError
 
 HEADROOM = 0.92
-"""Share of a device's usable memory that a plan may count on: the analytic count is at most 5 % below the TPU compiler's
-(`benchmarks/memory_analytic.py`), and the rest is for fragmentation.
+"""Share of a device's usable memory that a plan may count on: the analytic count is at most 5 % below what the TPU
+compiler says (`benchmarks/memory_analytic.py`), and the rest is for fragmentation.
 """
-PLANNED = ("schedule", "chunks", "vocab", "optimizer_sharding", "regather", "offload")
+PLANNED = ("schedule", "chunks", "vocab", "regather", "offload")
 """Choices that `Variant` has and the step cannot run yet."""
-CHOICES = (*AXES, "sequence", "remat", "microbatches", "order", *PLANNED)
-OFFLOADS = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
+CHOICES = (*AXES, "sequence", "remat", "microbatches", "order", "optimizer_sharding", *PLANNED)
+OFFLOADS: tuple[tuple[Offload, ...], ...] = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -162,8 +162,8 @@ class Space:
                                 out += [Inner(tensor, context, expert, s, rest, stage) for s in self._sequence(tensor)]
         return sorted(out)
 
-    def columns(self, place: Placement) -> Columns:
-        """The candidates of a placement: fsdp, rematerialisation, microbatches and variant."""
+    def columns(self, place: Placement, *, everything: bool = True) -> Columns:
+        """The candidates of a placement: fsdp, rematerialisation, microbatches and variant; see `variants`."""
         allowed = set(self._outer(place.batch_shards))
         fsdp = [i for i, size in enumerate(place.fsdp_sizes) if size in allowed]
         remats = self.model.costs.remats
@@ -171,48 +171,69 @@ class Space:
         each = self.model.batch // (place.batch_shards * place.expert)
         parts = [m for m in divisors(each) if m == self.fix.get("microbatches", m)]
         parts = [m for m in parts if self.max_microbatch is None or each // m <= self.max_microbatch]
-        variants = self.variants(place)
+        variants = self.variants(place, everything=everything)
         if not variants:
-            return Columns(*(np.zeros(0, np.int64),) * 3)
+            return Columns(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
         grid = np.meshgrid(fsdp, remat, parts, np.arange(len(variants)), indexing="ij")
         f, r, m, v = (np.asarray(axis.ravel(), np.int64) for axis in grid)
-        columns = Columns(f, r, m, v, variants)
+        columns = Columns(f, r, m, v, variants=variants)
         if len(variants) == 1 and place.stage == 1:
             return columns
         return columns.take(np.flatnonzero(self._sensible(place, columns)))
 
-    def variants(self, place: Placement) -> tuple[Variant, ...]:
-        """Choices that are not sizes, for one placement."""
-        placed = self._orders(place)
-        if not self.allow_planned:
-            return tuple(Variant(order=order) for order in placed)
+    @property
+    def offloads(self) -> tuple[tuple[Offload, ...], ...]:
+        """What may lie in the host's memory; nothing first. A plan that fits without is never slower."""
+        wanted: Any = self.fix.get("offload")
+        if isinstance(wanted, str):
+            wanted = [part for part in wanted.split("+") if part != "none"]
+        if wanted is not None:
+            return (tuple(wanted),)
+        return OFFLOADS if self.allow_planned and "offload" not in self.forbid else OFFLOADS[:1]
+
+    def variants(self, place: Placement, *, everything: bool = True) -> tuple[Variant, ...]:
+        """Choices that are not sizes, for one placement; everything, or without what is offloaded."""
         pipelines: list[tuple[ScheduleName, int]] = [("1f1b", 1)]
-        vocabs = ["ends"]
+        vocabs, regathers = ["ends"], [True]
+        if self.allow_planned:
+            regathers = [True, False] if place.batch_shards > 1 else [True]
         if place.stage > 1:
             chunks = [v for v in divisors(self.model.layers // place.stage) if 1 < v <= 8]
             pipelines = [("gpipe", 1), ("1f1b", 1), ("zb_h1", 1), *(("interleaved", v) for v in chunks)]
             vocabs = ["ends", "spread"]
-        shards = [False, True] if place.batch_shards > 1 and "optimizer_sharding" not in self.forbid else [False]
-        offloads = OFFLOADS if "offload" not in self.forbid else OFFLOADS[:1]
+        trains = self.model.costs.trains and place.batch_shards > 1 and "optimizer_sharding" not in self.forbid
         found = [
             Variant(schedule, chunks, vocab, sharded, regather, offload, order)  # type: ignore[arg-type]
             for (schedule, chunks), vocab, sharded, regather, offload, order in itertools.product(
-                pipelines, vocabs, shards, [True, False] if place.batch_shards > 1 else [True], offloads, placed
+                pipelines,
+                vocabs,
+                [False, True] if trains else [False],
+                regathers,
+                self.offloads if everything or "offload" in self.fix else OFFLOADS[:1],
+                self._orders(place),
             )
         ]
-        fixed = {name: value for name, value in self.fix.items() if name in PLANNED}
-        if isinstance(fixed.get("offload"), str):
-            fixed["offload"] = tuple(part for part in fixed["offload"].split("+") if part != "none")
+        fixed = {name: value for name, value in self.fix.items() if name in (*PLANNED, "optimizer_sharding")}
+        fixed.pop("offload", None)
         return tuple(v for v in found if all(getattr(v, name) == value for name, value in fixed.items()))
 
     def _orders(self, place: Placement) -> list[tuple[str, ...]]:
-        """Orders of the mesh axes on the links; only the plain one where all links are alike."""
+        """Orders of the mesh axes on the links; only the plain one where all links are alike.
+
+        Stages come anywhere between the others, which then keep their order.
+        """
+        wanted = self.fix.get("order")
+        if wanted is not None:
+            wanted = tuple(wanted.split("+") if isinstance(wanted, str) else wanted)
+            return [order for order in orders(place) if tuple(axis for axis in order if axis in wanted) == wanted]
         alike = self.cluster.torus is None and self.cluster.nodes == 1
         if alike or "order" in self.forbid:
             return [()]
-        wanted = self.fix.get("order")
         found = [(), *orders(place)[1:]]
-        return found if wanted is None else [order for order in orders(place) if order == tuple(wanted)]
+        if place.stage > 1:
+            rest = [tuple(axis for axis in order if axis != STAGE) for order in orders(place)]
+            found = [order for order, others in zip(found, rest, strict=True) if others == rest[0]]
+        return found
 
     def _sensible(self, place: Placement, columns: Columns) -> npt.NDArray[np.bool_]:
         """Which candidates their schedule can run, and which are not another candidate by another name."""
@@ -222,7 +243,7 @@ class Space:
         fits = ~interleaved | (columns.microbatches % place.stage == 0)
         sharded, regathers = columns.flags("optimizer_sharding"), columns.flags("regather")
         # An axis of size 1 lies nowhere: of the orders that differ in it alone, the one with it in front counts.
-        first = np.array([v.order[:1] in ((), (DATA,)) for v in columns.variants])[columns.variant]
+        first = np.array([DATA not in v.order or v.order[0] == DATA for v in columns.variants])[columns.variant]
         second = np.array([FSDP not in v.order or v.order.index(FSDP) <= 1 for v in columns.variants])[columns.variant]
         placed = ((data > 1) | first) & ((fsdp > 1) | second)
         return fits & placed & (~sharded | (data > 1)) & (regathers | (fsdp > 1))

@@ -172,7 +172,7 @@ class TracedModel:
         self, place: Placement, remat: str, microbatches: npt.NDArray[np.int64], fsdp: npt.NDArray[np.int64]
     ) -> ActivationBytes:
         """Bytes per device, without stages, of candidates with one rematerialisation."""
-        return self._memory.bytes(place, remat, microbatches, fsdp)
+        return self._memory.bytes(place, remat, microbatches, fsdp)  # type: ignore[arg-type]
 
     def _stageable(self) -> int:
         """Layers that pipeline stages can share out: one stack of them that is most of the model."""

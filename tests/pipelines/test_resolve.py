@@ -12,6 +12,7 @@ from pipelines import resolve_plan
 from pipelines.devices import accelerator_of, cluster_here, cluster_of, memory_bytes_per_device
 from pipelines.resolve import mesh_for_preset
 from search import Plan, Space, TracedModel, parse_cluster, solve
+from search.space import HEADROOM
 from sharding_rules import MeshShape, PlanError, trace
 
 
@@ -110,7 +111,7 @@ def test_auto_keeps_a_tiny_model_whole_on_slow_links_and_splits_a_large_one_that
     needs = kept_bytes(1024)
     plan = auto(width=1024, rows=4096, memory_bytes=needs / 2)
     assert plan.mesh.fsdp * plan.mesh.tensor > 1
-    assert plan.estimate.bytes_per_device <= 0.85 * needs / 2
+    assert plan.estimate.bytes_per_device <= HEADROOM * needs / 2
     assert auto(width=1024, rows=4096).estimate.seconds_per_step <= plan.estimate.seconds_per_step
 
 
