@@ -43,7 +43,8 @@ class SearchResult:
         evaluated: of which seconds were computed; the rest were below nodes that their bound or memory ruled out.
         memory_checked: of which activations were counted.
         placements, illegal: inner meshes that are legal, and the others with the reason.
-        runners_up: the next fastest plans that fit, best first; each in its best order of mesh axes.
+        runners_up: the next fastest plans that fit, best first; each in its best order of mesh axes and with the
+            optimizer's state where it is best.
         pareto: plans that no other beats in both time and memory, fastest first; empty unless asked for.
         advice: where nothing fits, what is missing and what would fit.
         seconds: that the search took.
@@ -84,6 +85,7 @@ class _Leaf:
     """One candidate, with the costs of its placement's candidates; not exact where a schedule was not run.
 
     Attributes:
+        total: seconds per step of all of them.
         rows: the candidates, the fastest first.
         at: which of them this one is.
     """
@@ -91,6 +93,7 @@ class _Leaf:
     place: Placement
     columns: Columns
     parts: StepSeconds
+    total: np.ndarray
     rows: np.ndarray
     at: int
     exact: bool
@@ -101,15 +104,16 @@ class _Leaf:
 
     @property
     def choice(self) -> tuple[Any, ...]:
-        """What a person would call the plan: everything but the order of its mesh axes on the links."""
+        """What a person would call the plan: all but the order of its axes and where the optimizer lies."""
         i = self.row
-        variant = dataclasses.replace(self.columns.variants[int(self.columns.variant[i])], order=())
+        variant = self.columns.variants[int(self.columns.variant[i])]
+        variant = dataclasses.replace(variant, order=(), optimizer_sharding=False)
         numbers = (self.columns.fsdp, self.columns.remat, self.columns.microbatches)
         return (id(self.place), variant, *(int(x[i]) for x in numbers))
 
     def entry(self) -> tuple[float, tuple[Any, ...], _Leaf]:
         """Its place in the queue."""
-        return float(self.parts.total[self.row]), _order(self.place, self.columns, self.row), self
+        return float(self.total[self.row]), _order(self.place, self.columns, self.row), self
 
 
 class _Search:
@@ -150,6 +154,13 @@ class _Search:
         if key not in self._counted:
             self._counted[key] = leaf.columns, self.bytes(leaf.place, leaf.columns)
         return float(self._counted[key][1][leaf.row])
+
+    def following(self, leaf: _Leaf) -> _Leaf | None:
+        """The next slower candidate of the same placement; of those whose bytes are known, the next that fits."""
+        rows, counted = leaf.rows[leaf.at + 1 :], self._counted.get(id(leaf.columns))
+        if counted is not None and len(self.space.offloads) == 1:
+            rows = rows[counted[1][rows] <= self.budget]
+        return dataclasses.replace(leaf, rows=rows, at=0) if len(rows) else None
 
     def seconds(self, place: Placement, columns: Columns, *, exact: bool) -> StepSeconds:
         saved = saved_bytes(self.model, place, columns)
@@ -194,8 +205,8 @@ def solve(
             heapq.heapify(heap)
             continue
         seconds, _, _, node = heapq.heappop(heap)
-        if isinstance(node, _Leaf) and node.at + 1 < len(node.rows):
-            after = dataclasses.replace(node, at=node.at + 1).entry()
+        if isinstance(node, _Leaf) and (following := search.following(node)) is not None:
+            after = following.entry()
             heapq.heappush(heap, (after[0], after[1], next(tie), after[2]))
         if late and not isinstance(node, _Leaf):
             bound = min(bound, seconds)
@@ -253,15 +264,16 @@ def _open(search: _Search, node: Any) -> Iterator[tuple[float, tuple[Any, ...], 
     if isinstance(node, _Leaf):
         columns = node.columns.take(node.row)
         parts = search.seconds(node.place, columns, exact=True)
-        yield _Leaf(node.place, columns, parts, np.zeros(1, np.int64), 0, exact=True).entry()
+        yield _Leaf(node.place, columns, parts, parts.total, np.zeros(1, np.int64), 0, exact=True).entry()
         return
     place, columns = node
     exact = place.stage == 1
     parts = search.seconds(place, columns, exact=exact)
     search.evaluated += len(columns)
     # The fastest stands for all: the next one enters the queue when it has left.
-    rows = np.lexsort((columns.fsdp, columns.variant, columns.remat, columns.microbatches, parts.total))
-    yield _Leaf(place, columns, parts, rows, 0, exact=exact).entry()
+    total = parts.total
+    rows = np.lexsort((columns.fsdp, columns.variant, columns.remat, columns.microbatches, total))
+    yield _Leaf(place, columns, parts, total, rows, 0, exact=exact).entry()
 
 
 def _offloaded(search: _Search, leaf: _Leaf) -> Iterator[tuple[float, tuple[Any, ...], _Leaf]]:
@@ -279,7 +291,7 @@ def _offloaded(search: _Search, leaf: _Leaf) -> Iterator[tuple[float, tuple[Any,
         search.evaluated += len(moved)
         parts = search.seconds(leaf.place, columns, exact=True)
         for row in rows:
-            yield _Leaf(leaf.place, columns, parts, np.array([row]), 0, exact=True).entry()
+            yield _Leaf(leaf.place, columns, parts, parts.total, np.array([row]), 0, exact=True).entry()
 
 
 def _order(place: Placement, columns: Columns, i: int) -> tuple[Any, ...]:
@@ -308,7 +320,9 @@ def _pareto(search: _Search) -> tuple[Costed, ...]:
         for at, i in enumerate(order):
             if memory[i] < least and memory[i] <= search.budget:
                 least = memory[i]
-                points.append((float(total[i]), float(memory[i]), _Leaf(place, columns, parts, order, at, exact=True)))
+                points.append(
+                    (float(total[i]), float(memory[i]), _Leaf(place, columns, parts, total, order, at, exact=True))
+                )
     points.sort(key=lambda point: point[:2])
     front, least = [], math.inf
     for _, memory, leaf in points:

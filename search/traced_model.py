@@ -61,7 +61,7 @@ class TracedModel:
         traced: the loss on the whole global batch, with arguments `params` and `batch`.
         abstract_opt_state: shapes of the optimizer's state.
         cluster: accelerators and links.
-        efficiency: constants of the cost model.
+        efficiency: constants of the cost model; default those measured for the cluster, or fitted for its accelerator.
         param_dtype: dtype of the stored parameters; gradients are summed in float32 or wider.
         fused_attention: cost attention as one operation.
         remats: which rematerialisations to consider.
@@ -90,7 +90,11 @@ class TracedModel:
         self.repeats = count_layers(self.layout)
         self._batch_rows = [row.name for row in self.layout.rows.rows if row.role == "batch"]
         self.costs = CostModel(
-            cluster, self.works, batch_rows=self._batch_rows, efficiency=efficiency, layers=self.repeats
+            cluster,
+            self.works,
+            batch_rows=self._batch_rows,
+            efficiency=efficiency or _attained(cluster),
+            layers=self.repeats,
         )
         self.layers = self._stageable()
         arrays = jax.tree.leaves(traced.arg("batch"))
@@ -115,7 +119,7 @@ class TracedModel:
     def on(self, cluster: Cluster, efficiency: Efficiency | None = None) -> TracedModel:
         """The same model on other links or with other constants; placements and bytes stay."""
         other = copy.copy(self)
-        other.costs = self.costs.on(cluster, efficiency)
+        other.costs = self.costs.on(cluster, efficiency or _attained(cluster))
         return other
 
     # Placing.
@@ -274,6 +278,10 @@ class TracedModel:
     def _scalars_counted(self) -> int:
         """Bytes of optimizer leaves of one element that belong to parameters of one element."""
         return sum(c.optimizer_bytes * c.count for c in self._classes if c.elements <= 1)
+
+
+def _attained(cluster: Cluster) -> Efficiency:
+    return cluster.efficiency or Efficiency.for_accelerator(cluster.accelerator)
 
 
 def _itemsize(dtype: str) -> int:

@@ -152,9 +152,10 @@ def enumerate_all(space, *, one_by_one=True):
             total = model.costs.seconds(place, group, saved_bytes=saved).total
             memory = sum(memory_parts(model, place, group).values())
             for i in range(len(group)):
-                variant = dataclasses.replace(group.variants[group.variant[i]], order=())
+                variant = group.variants[group.variant[i]]
                 if variant.optimizer_sharding and place.fsdp_sizes[group.fsdp[i]] == place.batch_shards:
                     continue  # nothing is left to split over data
+                variant = dataclasses.replace(variant, order=(), optimizer_sharding=False)
                 key = (inner, variant, group.fsdp[i], group.remat[i], group.microbatches[i])
                 found[key] = min(found.get(key, (math.inf, 0)), (float(total[i]), float(memory[i])))
     return list(found.values())
