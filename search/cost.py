@@ -441,6 +441,17 @@ class CostModel:
                 out[:, :, here] = np.moveaxis(found[np.searchsorted(counts, columns.microbatches[here])], 0, 2)
         return out
 
+    def flow_seconds(self, place: Placement, columns: Columns) -> Iterator[tuple[Flow, Floats, Floats]]:
+        """Collectives of candidates with their seconds, and bytes of their buffers on a device, per microbatch or step.
+
+        What is waited for of those that do not hide, and not what is kept instead of gathered again (`regather`).
+        """
+        kept = ~columns.flags("regather").astype(bool)
+        for flow, seconds, volume in self._flow_seconds(place.flows, columns, *numbering(place, columns)):
+            waited = seconds * (1.0 if flow.hides or flow.phase == "step" else self.efficiency.unhidden)
+            runs = np.where(kept & flow.again, 0.0, 1.0)
+            yield flow, waited * runs, volume * runs
+
     def _flow_seconds(
         self, flows: Sequence[Flow], columns: Columns, sizes: Mapping[str, Floats], strides: Mapping[str, Floats]
     ) -> Iterator[tuple[Flow, Floats, Floats]]:

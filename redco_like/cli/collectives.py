@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
-from search import Plan, TracedModel, collective_seconds
+from search import Plan, TracedModel
 from search.costing import candidate
-from search.placement import REGIONS, Flow, numbering
+from search.placement import REGIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +42,16 @@ def collectives(model: TracedModel, plan: Plan) -> list[Collective]:
         PlanError: the plan is not legal for the model.
     """
     place, columns = candidate(model, plan)
-    sizes, strides = numbering(place, columns)
-    m = plan.microbatches
+    sizes = plan.mesh.sizes
     weights_kr = place.stage_weights(plan.vocab)
     found: dict[tuple, np.ndarray] = {}
-    for flow in place.flows:
-        axes = tuple(axis for axis in flow.axes if sizes[axis][0] > 1)
-        times = flow.times(plan.remat)
-        if not axes or not times or (flow.again and not plan.regather):
+    for flow, (seconds,), (volume,) in model.costs.flow_seconds(place, columns):
+        axes = tuple(axis for axis in flow.axes if sizes[axis] > 1)
+        if not axes or not seconds:
             continue
-        volume = _bytes(flow, int(columns.fsdp[0]), m) / math.prod(float(sizes[axis][0]) for axis in flow.split)
-        group = [(float(sizes[axis][0]), float(strides[axis][0])) for axis in flow.axes]
-        once = collective_seconds(model.costs.cluster, flow.kind, volume, *zip(*group, strict=True))
-        # What links attain and compute waits for, as in `CostModel`: one that leaves the node is bound by the network.
-        attained = model.costs.efficiency
-        inside = sum((n - 1) * stride for n, stride in group) < model.costs.cluster.devices_per_node
-        once = once / (attained.links if inside else attained.network)
-        if not flow.hides and flow.phase != "step":
-            once = once * attained.unhidden
-        runs = times * (1 if flow.phase == "step" else m)
-        on_stages_k3 = np.outer(weights_kr[:, REGIONS.index(flow.region)], [runs, runs * volume, runs * float(once)])
+        runs = 1 if flow.phase == "step" else plan.microbatches
+        each = [runs * flow.times(plan.remat), runs * volume, runs * seconds]
+        on_stages_k3 = np.outer(weights_kr[:, REGIONS.index(flow.region)], each)
         key = (axes, flow.kind, flow.phase, flow.hides)
         found[key] = found.get(key, 0.0) + on_stages_k3
     if not found:
@@ -74,10 +63,3 @@ def collectives(model: TracedModel, plan: Plan) -> list[Collective]:
         if x[stage, 2] > 0
     ]
     return sorted(rows, key=lambda row: (list(sizes).index(row.axis), -row.seconds))
-
-
-def _bytes(flow: Flow, fsdp: int, microbatches: int) -> float:
-    """Of the buffer on all devices."""
-    buffer = flow.bytes if flow.summed_bytes is None or microbatches == 1 else flow.summed_bytes
-    size = float(np.asarray(buffer)[fsdp]) if np.ndim(buffer) else float(buffer)  # type: ignore[arg-type]
-    return size / microbatches if flow.batch else size
