@@ -23,6 +23,8 @@ The rules, each seen in buffers that XLA assigned (`benchmarks/memory_analytic.p
 * Copies of weights in another dtype are made as the weights rest: in a loop over layers of all layers at once, before
   the loop. Where fsdp does not split them, products outside of loops convert what they read without a copy.
 * With microbatches, copies of weights and what the forward pass gathered outside of loops are made once and kept.
+* What rests split over tensor between products (sequence parallelism) is gathered for them: from the first product that
+  reads it to the last, of the forward pass and of the backward one.
 * Lookups along the batch and products of tokens sorted by expert work on the whole batch on every device.
 """
 
@@ -135,6 +137,7 @@ class Body:
         weights = self._use(stored)
         for unit in self.block.units.units:
             self._add_whole(unit)
+        self._add_gathered()
         for time, around, position, here in self._nested:
             self._run_inside(time, around, position, here)
         self._add_weights(scope, weights, loop, whole=call is None)
@@ -305,6 +308,23 @@ class Body:
             index = self.arrays.add(float(bytes_of(var) * self.scale), rows)
             self.intervals.append(Interval(index, self._times[value], self._times[value], VALUE))
 
+    def _add_gathered(self) -> None:
+        """Add activations as products take them, where these need them whole."""
+        uses: dict[tuple[Value, bool], tuple[list[int], Dims]] = {}
+        for unit in self.block.units.units:
+            times = [self._times[v] for v in unit.writes if v in self._times]
+            if unit.kind != "dot" or not times:
+                continue
+            for value, operand in unit.reads.items():
+                if not operand.weight and operand.bytes:
+                    when, _ = uses.setdefault((value, unit.phase == "forward"), ([], (*unit.space, *unit.contracted)))
+                    when.append(max(times))
+        for (value, _), (when, rows) in uses.items():
+            operand = self.block.units.operands[value]
+            names = self.step.names(operand.dims)
+            index = self.arrays.add(float(operand.bytes * self.scale), names, self.step.names(rows))
+            self.intervals.append(Interval(index, min(when), max(when), VALUE))
+
     def _add(self, bytes_: int, dims: Dims) -> int:
         return self.arrays.add(float(bytes_ * self.scale), self.step.names(dims))
 
@@ -312,7 +332,7 @@ class Body:
         """What is alive when the forward pass ends and read after it."""
         out = []
         for i in self.intervals:
-            if i.kind == VALUE and i.sign > 0 and i.start < self._boundary < i.stop:
+            if i.kind == VALUE and i.index in self._values and i.sign > 0 and i.start < self._boundary < i.stop:
                 value = self._values[i.index]
                 bytes_, trips = self.arrays.bytes[i.index], self._trips.get(value, 1)
                 like = (trips > 1, bytes_ / trips, self.step.names(self.block.units.operands[value].dims)[trips > 1 :])

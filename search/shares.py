@@ -81,13 +81,28 @@ class Arrays:
         self.bytes: list[float] = []
         self.set: list[int] = []
         self.batched: list[bool] = []
+        self.whole: dict[int, int] = {}
+        """Operands of products, as gathered for them: index -> the set of the other rows of the product."""
 
-    def add(self, bytes_: float, names: Iterable[Sequence[str]]) -> int:
-        rows = frozenset(name for dim in names for name in dim if name in self._column)
+    def add(self, bytes_: float, names: Iterable[Sequence[str]], beside: Iterable[Sequence[str]] | None = None) -> int:
+        """Add an array; returns its index.
+
+        Args:
+            bytes_: of the whole array.
+            names: of rows, per dimension.
+            beside: rows of a product that works on the array. It is then the array as gathered for that product: where
+                it is split along rows that spill, by a mesh axis that splits other rows of the product.
+        """
+        rows = self._rows(names)
         self.bytes.append(bytes_)
         self.set.append(self._sets.setdefault(rows, len(self._sets)))
         self.batched.append(bool(rows & self.batch_rows))
+        if beside is not None:
+            self.whole[len(self.bytes) - 1] = self._sets.setdefault(self._rows(beside) - rows, len(self._sets))
         return len(self.bytes) - 1
+
+    def _rows(self, names: Iterable[Sequence[str]]) -> frozenset[str]:
+        return frozenset(name for dim in names for name in dim if name in self._column)
 
     def freeze(self) -> None:
         self.bytes_v = np.array(self.bytes, np.float64)
@@ -104,6 +119,13 @@ class Arrays:
         inc = self.incidence_sr
         grouped = np.any(inc & place.groups, axis=1)
         taken = (inc & ~place.beyond) @ place.rows | ((inc & place.beyond) @ place.rows & grouped[:, None])
-        taken = taken | inc @ place.spill
-        ways_s = np.where(taken, sizes_x, 1.0).prod(1)
-        return self.bytes_v / ways_s[self.set_v]
+        spilled = inc @ place.spill & ~taken
+        ways_s = np.where(taken | spilled, sizes_x, 1.0).prod(1)
+        local_v = self.bytes_v / ways_s[self.set_v]
+        if self.whole:
+            index_w, beside_w = (np.array(x, np.int64) for x in zip(*self.whole.items(), strict=True))
+            set_w = self.set_v[index_w]
+            gathered_w = np.any(spilled[set_w] & taken[beside_w] & (sizes_x > 1), axis=1)
+            whole_w = self.bytes_v[index_w] / np.where(taken, sizes_x, 1.0).prod(1)[set_w]
+            local_v[index_w] = np.where(gathered_w, whole_w, 0.0)
+        return local_v

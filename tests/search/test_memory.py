@@ -172,16 +172,26 @@ def brute_force(memory, layout, remat, microbatches):
     sizes = {**layout.mesh_shape.sizes, "data": splits.batch_shards, "fsdp": 1}
     fsdp = layout.mesh_shape.fsdp
 
-    def local(index):
-        rows = program.arrays.incidence_sr[program.arrays.set_v[index]]
+    def axes_of(rows, tables):
         grouped = bool((rows & splits.groups).any())
-        axes = set()
+        found = set()
         for r in np.flatnonzero(rows):
-            axes |= {a for a, on in zip(AXES, splits.spill[r], strict=True) if on}
-            if grouped or not splits.beyond[r]:
-                axes |= {a for a, on in zip(AXES, splits.rows[r], strict=True) if on}
-        shrinks = microbatches if program.arrays.batched_v[index] else 1
-        return program.arrays.bytes[index] / np.prod([sizes[a] for a in axes] or [1]) / shrinks
+            for table in tables:
+                if table is splits.spill or grouped or not splits.beyond[r]:
+                    found |= {a for a, on in zip(AXES, table[r], strict=True) if on and sizes[a] > 1}
+        return found
+
+    def local(index):
+        arrays = program.arrays
+        rows = arrays.incidence_sr[arrays.set_v[index]]
+        held, axes = (axes_of(rows, tables) for tables in ((splits.rows,), (splits.rows, splits.spill)))
+        shrinks = microbatches if arrays.batched_v[index] else 1
+        if index in arrays.whole:
+            beside = axes_of(arrays.incidence_sr[arrays.whole[index]], (splits.rows,))
+            if not (axes - held) & beside:
+                return 0.0
+            axes = held
+        return arrays.bytes[index] / np.prod([sizes[a] for a in axes] or [1]) / shrinks
 
     def peak(body):
         loops = dict(body.inner)
@@ -236,6 +246,21 @@ def test_more_tensor_parallelism_never_takes_more(model, remat):
     memory = memory_of(model, remats=(remat,))
     totals = [sum(at(memory, model.on(MeshShape(tensor=n), "megatron"), remat).values()) for n in (1, 2, 4)]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_sequence_parallelism_gathers_what_products_read():
+    memory = memory_of(SCANNED)
+    program = memory._program("none")
+    mesh = MeshShape(tensor=4)
+    split, spilled = (
+        program.arrays.split(splits_of(SCANNED.on(mesh, f"megatron{more}"))) for more in ("", "+sequence")
+    )
+    whole = sorted(program.arrays.whole)
+    assert whole
+    assert not split[whole].any()
+    # The input of a block is gathered for its first product; the hidden layer is split over tensor anyway.
+    assert ROW * EMBED in spilled[whole]
+    assert set(spilled[whole]) <= {0.0, ROW * EMBED}
 
 
 @pytest.mark.parametrize("model", [ATTENTION, SCANNED, UNROLLED], ids=["attention", "scanned", "unrolled"])
