@@ -94,6 +94,9 @@ class Efficiency:
     def product(self, m: Any, n: Any, k: Any, *, batch: Any = 1.0, speed: Any = 1.0) -> Floats:
         """Share of the peak that a product of (m, k) and (k, n) attains on one device.
 
+        A result of fewer elements than `half_output` is made in pieces of its depth that run at once and are added
+        (split-K in cuBLAS and CUTLASS), none shorter than `half_depth`: one token's products with a large matrix.
+
         Args:
             m, n, k: sizes.
             batch: products of this size that run at once.
@@ -103,9 +106,15 @@ class Efficiency:
         0.45
         """
         share = np.float64(self.matmul)
-        for size, half in ((m, self.half_size), (n, self.half_size), (k, self.half_depth * np.asarray(speed))):
-            share = share * (size / (np.asarray(size, np.float64) + half))
         elements = np.asarray(batch, np.float64) * m * n
+        depth = np.asarray(k, np.float64)
+        half_depth = self.half_depth * np.asarray(speed)
+        if self.half_output:
+            pieces = np.minimum(self.half_output / np.maximum(elements, 1), depth / np.maximum(half_depth, 1))
+            pieces = np.maximum(pieces, 1)
+            elements, depth = elements * pieces, depth / pieces
+        for size, half in ((m, self.half_size), (n, self.half_size), (depth, half_depth)):
+            share = share * (size / (np.asarray(size, np.float64) + half))
         return np.asarray(share * (elements / (elements + self.half_output)))
 
 
