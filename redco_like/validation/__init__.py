@@ -19,6 +19,8 @@ import numpy as np
 
 from redco_like.validation import fit as fitting
 from redco_like.validation.fit import Fitted
+from redco_like.validation.inference import answer, fit_section, inference_bars, latency_section, read_requests
+from redco_like.validation.memory import compare_plans, memory_bars, memory_section
 from redco_like.validation.problems import Problem, Problems
 from redco_like.validation.rankings import Ranking, read_vtrain, regret, spearman
 from redco_like.validation.report import (
@@ -31,13 +33,14 @@ from redco_like.validation.report import (
     Errors,
     Point,
     RankErrors,
+    Section,
     Split,
     ValidationReport,
     errors,
 )
 from redco_like.validation.runs import Run, read_runs
 from search import find_accelerator
-from search.efficiency import Efficiency
+from search.efficiency import Efficiency, Framework
 from sharding_rules import PlanError
 
 FOLDER_VARIABLE = "REDCO_LIKE_GROUND_TRUTH"
@@ -93,6 +96,7 @@ def validate(
     groups = _by(points, lambda p: p.group)
     schedules = _schedules(points)
     memory = _memory(problems, points)
+    sections, more_bars = _others(_folder(folder), efficiency, skipped, tell)
     report = ValidationReport(
         points=points,
         skipped=dict(skipped),
@@ -102,8 +106,9 @@ def validate(
         rankings=orders,
         schedules=schedules,
         constants=tuple((*key, v, *fitted.intervals[key]) for key, v in fitted.values.items()) if fitted else (),
-        bars=(*_time_bars(groups, points), *_other_bars(memory, orders, schedules)),
+        bars=(*_time_bars(groups, points), *_other_bars(memory, orders, schedules), *more_bars),
         constants_file=fitted.to_toml() if fitted else "",
+        sections=tuple(sections),
     )
     if plot is not None:
         report.plot(plot)
@@ -138,13 +143,37 @@ class _Constants:
         self._made: dict[tuple[str, str], Efficiency] = {}
 
     def __call__(self, run: Run) -> Efficiency:
-        key = (run.accelerator, run.framework)
+        return self.of(run.accelerator, run.framework)
+
+    def of(self, accelerator: str, framework: Framework) -> Efficiency:
+        key = (accelerator, framework)
         if key not in self._made:
             if self._fitted is not None:
                 self._made[key] = self._fitted.efficiency(*key)
             else:
-                self._made[key] = Efficiency.for_accelerator(find_accelerator(run.accelerator), run.framework)
+                self._made[key] = Efficiency.for_accelerator(find_accelerator(accelerator), framework)
         return self._made[key]
+
+
+def _others(
+    folder: pathlib.Path, efficiency: _Constants, skipped: collections.Counter[str], tell: Callable[[str], None]
+) -> tuple[list[Section], list[Bar]]:
+    """Inference, and memory plan by plan; what they leave out replaces the rows of inference in `skipped`."""
+    for reason in [r for r in skipped if r.endswith(": inference")]:
+        del skipped[reason]
+    requests, left = read_requests(folder)
+    skipped.update(left)
+    sections: list[Section] = []
+    bars: list[Bar] = []
+    if requests:
+        tell(f"estimating {len(requests)} runs of inference")
+        answers = answer(requests, efficiency.of)
+        sections += [latency_section(answers), fit_section(answers)]
+        bars += inference_bars(answers)
+    if plans := compare_plans(folder):
+        sections.append(memory_section(plans))
+        bars += memory_bars(plans)
+    return sections, bars
 
 
 def _point(problem: Problem, split: Split, efficiency: _Constants) -> Point:

@@ -166,12 +166,17 @@ def cluster_of(run: Run) -> Cluster:
         if run.topology:
             return parse_cluster(f"{prefix}{accelerator.name}:{run.topology}")
         return parse_cluster(f"{prefix}{accelerator.name}-{2 * run.devices_per_node}")
-    most = min(run.devices, run.devices_per_node)
-    # 256 devices of domains of 72 are taken as four of 64.
-    per_node = max(n for n in range(1, most + 1) if run.devices % n == 0)
-    cluster = parse_cluster(f"{run.devices // per_node}x{per_node}x{accelerator.name}")
+    cluster = make_cluster(accelerator.name, run.devices, run.devices_per_node)
     if len(cluster.tiers) < 2 or not run.nic_bytes_per_second:
         return cluster
     inner, network = cluster.tiers
     attained = run.nic_bytes_per_second * accelerator.nic_efficiency
     return dataclasses.replace(cluster, tiers=(inner, dataclasses.replace(network, bytes_per_second=attained)))
+
+
+def make_cluster(accelerator: str, devices: int, devices_per_node: int) -> Cluster:
+    """Full nodes of an accelerator, or as much of one as there are devices."""
+    most = min(devices, devices_per_node)
+    # 256 devices of domains of 72 are taken as four of 64.
+    per_node = max(n for n in range(1, most + 1) if devices % n == 0)
+    return parse_cluster(f"{devices // per_node}x{per_node}x{accelerator}")

@@ -117,6 +117,29 @@ class Bar:
 
 
 @dataclasses.dataclass(frozen=True)
+class Section:
+    """A table of its own: what else was compared, and why it is off.
+
+    Attributes:
+        rows: cells in the order of `columns`; shares are numbers, in a table shown in per cent.
+        notes: a line each.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | float, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> Table:
+        table = _table(self.title, self.columns)
+        for row in self.rows:
+            table.add_row(*(_cell(x) for x in row))
+        table.caption = "\n".join(self.notes) or None
+        table.caption_justify = "left"
+        return table
+
+
+@dataclasses.dataclass(frozen=True)
 class ValidationReport:
     """Estimates against published runs.
 
@@ -130,6 +153,7 @@ class ValidationReport:
         constants: rows of the fitted constants: field, scope, framework, value, low, high.
         bars: what the cost model is held to.
         constants_file: what `search/efficiencies.toml` would hold.
+        sections: other comparisons: inference, memory by plan.
     """
 
     points: tuple[Point, ...]
@@ -142,6 +166,7 @@ class ValidationReport:
     constants: tuple[tuple[str, str, str, float, float, float], ...]
     bars: tuple[Bar, ...]
     constants_file: str = dataclasses.field(repr=False, default="")
+    sections: tuple[Section, ...] = ()
 
     @property
     def missed(self) -> list[Bar]:
@@ -154,7 +179,7 @@ class ValidationReport:
     def to_record(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "constants_file"}
-        for name in ("points", "groups", "sources", "rankings"):
+        for name in ("points", "groups", "sources", "rankings", "sections"):
             record[name] = [dataclasses.asdict(x) for x in record[name]]
         record["bars"] = [dataclasses.asdict(bar) | {"met": bar.met} for bar in self.bars]
         record["missed"] = [str(bar) for bar in self.missed]
@@ -183,6 +208,7 @@ class ValidationReport:
             for name, right, pairs in self.schedules:
                 table.add_row(name, f"{right} of {pairs} pairs right", "", "", "")
             parts.append(table)
+        parts += [section.table() for section in self.sections]
         table = _table("Worst runs", ("source", "run", "plan", "measured s", "estimate s", "error"))
         for p in self.worst():
             run = f"{p.model} on {p.devices} {p.accelerator}"
@@ -247,6 +273,10 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
         right = column in ("runs", "mean error", "median", "bias", "largest", "rank correlation", "regret", "error")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
+
+
+def _cell(x: str | int | float) -> str:
+    return f"{x:.1%}" if isinstance(x, float) else str(x)
 
 
 def _number(value: float) -> str:
