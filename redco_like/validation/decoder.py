@@ -26,7 +26,14 @@ NARROW = {"float8": jnp.float8_e4m3fn, "float4": jnp.float4_e2m1fn}
 
 
 def decoder_problem(
-    a: Architecture, *, seq_len: int, global_batch: int, product_dtype: str = "bfloat16", gain: bool = False
+    a: Architecture,
+    *,
+    seq_len: int,
+    global_batch: int,
+    product_dtype: str = "bfloat16",
+    gain: bool = False,
+    recompute_latents: bool = False,
+    fused_loss: bool = False,
 ) -> tuple[TracedFunction, Tree]:
     """Trace the loss of a decoder on the whole global batch.
 
@@ -37,6 +44,9 @@ def decoder_problem(
         product_dtype: of the products with weights of the layers: "bfloat16", "float16", "float8" or "float4".
         gain: scale the output of a block's second half by a parameter. Its gradient needs that half's last product,
             which a recomputed block then makes again, as PyTorch's checkpoint does; XLA drops it.
+        recompute_latents: of latent attention keep the latents, and make queries, keys and values of them again.
+        fused_loss: pick the label's logit by comparison, as fused kernels do. Otherwise it is looked up in the float32
+            logits, which are then in memory.
 
     Returns:
         The traced loss, and the shapes of Adam's state: moments and a float32 copy of the parameters.
@@ -44,7 +54,8 @@ def decoder_problem(
     compute = jnp.dtype("float16" if product_dtype == "float16" else "bfloat16")
     params = _shapes(a, compute, gain)
     ids = jax.ShapeDtypeStruct((global_batch, seq_len), jnp.int32)
-    loss = functools.partial(_loss, a=a, product_dtype=product_dtype)
+    options = {"product_dtype": product_dtype, "recompute": recompute_latents, "fused_loss": fused_loss}
+    loss = functools.partial(_loss, a=a, **options)
     traced = trace(loss, params, {"inputs": ids, "labels": ids}, names=("params", "batch"))
     moment = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     return traced, {"mu": moment, "nu": moment, "copy": moment}
@@ -95,23 +106,31 @@ def _layer(leaf: Any, a: Architecture, n: int, *, experts: bool, gain: bool) -> 
     return tree
 
 
-def _loss(params: Tree, batch: Tree, *, a: Architecture, product_dtype: str) -> jax.Array:
+def _loss(
+    params: Tree, batch: Tree, *, a: Architecture, product_dtype: str, recompute: bool, fused_loss: bool
+) -> jax.Array:
     x_BLD = params["table"][batch["inputs"]]
     for name in ("layers", "expert_layers"):
         if name in params:
-            body = functools.partial(_block, a=a, product_dtype=product_dtype)
+            body = functools.partial(_block, a=a, product_dtype=product_dtype, recompute=recompute)
             x_BLD, _ = jax.lax.scan(body, x_BLD, params[name])
     x_BLD = _norm(x_BLD, params["norm"])
     head_DV = params["table"].T if a.tied else params["head"]
     logits_BLV = (x_BLD @ head_DV).astype(jnp.float32)
-    chosen_BL = jnp.take_along_axis(logits_BLV, batch["labels"][..., None], axis=-1)[..., 0]
+    if fused_loss:
+        is_label_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, 2) == batch["labels"][..., None]
+        chosen_BL = jnp.where(is_label_BLV, logits_BLV, 0.0).sum(axis=-1)
+    else:
+        chosen_BL = jnp.take_along_axis(logits_BLV, batch["labels"][..., None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits_BLV, axis=-1) - chosen_BL)
 
 
-def _block(x_BLD: jax.Array, p: Tree, *, a: Architecture, product_dtype: str) -> tuple[jax.Array, None]:
+def _block(
+    x_BLD: jax.Array, p: Tree, *, a: Architecture, product_dtype: str, recompute: bool
+) -> tuple[jax.Array, None]:
     dots = functools.partial(_dots, dtype=product_dtype)
     h_BLD = _norm(x_BLD, p["norm1"])
-    x_BLD = x_BLD + (_latent_attention if a.mla else _attention)(h_BLD, p, a, dots)
+    x_BLD = x_BLD + (_latent_attention if a.mla else _attention)(h_BLD, p, a, dots, recompute)
     h_BLD = _norm(x_BLD, p["norm2"])
     y_BLD = _mlp(h_BLD, p, dots) if "up" in p else 0.0
     if "router" in p:
@@ -119,7 +138,7 @@ def _block(x_BLD: jax.Array, p: Tree, *, a: Architecture, product_dtype: str) ->
     return x_BLD + (y_BLD * p["gain2"][None, None] if "gain2" in p else y_BLD), None
 
 
-def _attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any) -> jax.Array:
+def _attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any, _: bool) -> jax.Array:
     B, L, _ = h_BLD.shape
     K, G, H = a.kv_heads, a.heads // a.kv_heads, a.head_dim
     q, k, v = dots(h_BLD, p["q"], p["k"], p["v"])
@@ -129,20 +148,25 @@ def _attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any) -> jax.Arr
     return dots(o_BLKGH.reshape(B, L, K * G * H), p["out"])[0]
 
 
-def _latent_attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any) -> jax.Array:
+def _latent_attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any, recompute: bool) -> jax.Array:
     assert a.mla is not None
     B, L, _ = h_BLD.shape
     N, m = a.heads, a.mla
     latent_BLR, shared_BLH, q_BLD = dots(h_BLD, p["kv_down"], p["k_rope"], p["q_down" if m.q_rank else "q"])
-    if m.q_rank:
-        q_BLD = dots(q_BLD, p["q"])[0]
-    q_BLNH = q_BLD.reshape(B, L, N, m.nope + m.rope)
-    k, v = dots(latent_BLR, p["k"], p["v"])
-    k_BLNH, v_BLNH = k.reshape(B, L, N, m.nope), v.reshape(B, L, N, m.v)
-    # The rotary part of a key is one for all heads; it is repeated, so that the scores are one product.
-    k_BLNH = jnp.concatenate([k_BLNH, jnp.broadcast_to(shared_BLH[:, :, None], (B, L, N, m.rope))], -1)
-    s_BNLM = jnp.einsum("blnh,bmnh->bnlm", q_BLNH, k_BLNH) * (m.nope + m.rope) ** -0.5
-    o_BLNH = jnp.einsum("bnlm,bmnh->blnh", _causal_softmax(s_BNLM), v_BLNH)
+
+    def attend(latent_BLR: jax.Array, shared_BLH: jax.Array, q_BLD: jax.Array, p: Tree) -> jax.Array:
+        if m.q_rank:
+            q_BLD = dots(q_BLD, p["q"])[0]
+        q_BLNH = q_BLD.reshape(B, L, N, m.nope + m.rope)
+        k, v = dots(latent_BLR, p["k"], p["v"])
+        k_BLNH, v_BLNH = k.reshape(B, L, N, m.nope), v.reshape(B, L, N, m.v)
+        # The rotary part of a key is one for all heads; it is repeated, so that the scores are one product.
+        k_BLNH = jnp.concatenate([k_BLNH, jnp.broadcast_to(shared_BLH[:, :, None], (B, L, N, m.rope))], -1)
+        s_BNLM = jnp.einsum("blnh,bmnh->bnlm", q_BLNH, k_BLNH) * (m.nope + m.rope) ** -0.5
+        return jnp.einsum("bnlm,bmnh->blnh", _causal_softmax(s_BNLM), v_BLNH)
+
+    given = (latent_BLR, shared_BLH, q_BLD, p)
+    o_BLNH = _one_kernel(attend, *given) if recompute else attend(*given)
     return dots(o_BLNH.reshape(B, L, N * m.v), p["out"])[0]
 
 
@@ -162,7 +186,7 @@ def _mlp(h_BLD: jax.Array, p: Tree, dots: Any) -> jax.Array:
 
 def _experts(h_BLD: jax.Array, p: Tree, a: Architecture, product_dtype: str) -> jax.Array:
     """Route every token to its experts, each of which has room for its even share of a sequence's tokens."""
-    B, L, _ = h_BLD.shape
+    _, L, _ = h_BLD.shape
     E, k = a.experts, a.chosen
     C = max(1, L * k // E)
     gates_BLE = jax.nn.softmax((h_BLD @ p["router"]).astype(jnp.float32), axis=-1)
@@ -180,8 +204,9 @@ def _experts(h_BLD: jax.Array, p: Tree, a: Architecture, product_dtype: str) -> 
     else:
         h_BECF = _one_kernel(jax.nn.gelu, dots(x_BECD, p["e_up"])[0])
     y_BECD = dots(h_BECF, p["e_down"])[0] * gate_BEC[..., None].astype(h_BLD.dtype)
-    batch_B11 = jnp.arange(B)[:, None, None]
-    return jnp.zeros_like(h_BLD).at[batch_B11, token_BEC].add(y_BECD)
+    # Sequence by sequence: every device adds up its own tokens.
+    add = jax.vmap(lambda h_LD, token_EC, y_ECD: jnp.zeros_like(h_LD).at[token_EC].add(y_ECD))
+    return add(h_BLD, token_BEC, y_BECD)
 
 
 def _dots(x: jax.Array, *weights: jax.Array, dtype: str) -> list[jax.Array]:

@@ -65,16 +65,35 @@ class Problem:
         return costs.seconds(self.place, self.columns).at(0)
 
     def bytes_per_device(self) -> float:
-        """Of the fullest device, analytic.
+        """Of the fullest device, analytic, less what PyTorch does not hold of what XLA does.
 
-        What the gradients of a loop's layers take before they are summed is XLA's; PyTorch adds each at once.
+        XLA stacks the gradients of a loop's layers before they are summed, in float32; PyTorch adds each at once, in
+        the dtype in which devices sum them. Its shards are of all weights laid end to end, so that any number of
+        devices divides them, and those of Megatron's optimizer over all devices that hold the same weights.
         """
-        total = float(sum(part[0] for part in memory_parts(self.model, self.place, self.columns).values()))
-        if self.run.framework == "compiled":
-            return total
-        fsdp = np.array([self.run.fsdp], np.int64)
-        held = self.model.activations(self.place, self.run.remat, self.columns.microbatches, fsdp)
-        return total - float(held.stacked[0]) / self.place.stage
+        found = memory_parts(self.model, self.place, self.columns)
+        parts = {name: float(part[0]) for name, part in found.items()}
+        run = self.run
+        if run.framework == "compiled":
+            return sum(parts.values())
+        fsdp = np.array([run.fsdp], np.int64)
+        held = self.model.activations(self.place, run.remat, self.columns.microbatches, fsdp)
+        parts["transient"] -= float(held.stacked[0]) / self.place.stage
+        if run.fsdp > 1 and run.stage == 1:
+            whole = self.place.held[:, :, self.place.fsdp_sizes.index(1)].sum(1) / run.fsdp
+            parts |= dict(zip(("params", "gradients", "optimizer"), whole.tolist(), strict=True))
+        if run.sums_narrow:
+            parts["gradients"] = min(parts["gradients"], parts["params"])
+        if run.framework == "megatron" and run.zero == 1:
+            a = run.architecture
+            experts = (a.layers - a.dense_layers) * a.experts * (2 + a.gated) * a.embed * a.expert_width
+            share = min(1.0, 2 * experts / (run.expert * run.tensor * run.stage) / parts["params"])
+            parts["optimizer"] *= (share + (1 - share) / run.expert) / run.context
+            if run.expert_ways > run.expert * run.tensor:
+                # Experts over replicas and tensor, where the plan has them over tensor alone.
+                for name in ("params", "gradients"):
+                    parts[name] *= 1 - share + share * run.expert * run.tensor / run.expert_ways
+        return sum(parts.values())
 
 
 class Problems:
@@ -106,6 +125,8 @@ class Problems:
         # Megatron's checkpoint runs the whole block again; PyTorch's stops and XLA's starts where nothing is needed.
         gain = run.framework == "megatron" and run.remat == "full"
         key = (run.architecture, run.seq_len, run.global_batch, run.product_dtype, gain, run.remat, run.fused_attention)
+        fused_loss = run.framework != "compiled"
+        key = (*key, run.recompute_latents, fused_loss)
         if key not in self._models:
             traced, state = decoder_problem(
                 run.architecture,
@@ -113,6 +134,8 @@ class Problems:
                 global_batch=run.global_batch,
                 product_dtype=run.product_dtype,
                 gain=gain,
+                recompute_latents=run.recompute_latents,
+                fused_loss=fused_loss,
             )
             self._models[key] = TracedModel(
                 traced,

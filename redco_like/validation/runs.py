@@ -90,6 +90,9 @@ class Run:
         layers_per_stage: where they are not equal.
         sequence: whether activations between blocks are split over tensor.
         doubt: why the measured time is in doubt; "" where it is not.
+        recompute_latents: whether queries, keys and values are made of the latents again.
+        sums_narrow: whether gradients are summed over microbatches in 16 bits.
+        expert_ways: devices over which the experts lie, also where they lie over tensor, which no mesh axis says.
     """
 
     row: str
@@ -127,6 +130,9 @@ class Run:
     memory_bytes: float | None
     memory_kind: str
     doubt: str = ""
+    recompute_latents: bool = False
+    sums_narrow: bool = False
+    expert_ways: int = 1
 
     @property
     def dense(self) -> bool:
@@ -245,7 +251,8 @@ def _run(row: dict[str, str]) -> Run:
         context=number("cp", 1),
         expert=expert_axis,
         zero=number("zero_stage", 0),
-        sequence=row["sp"] == "true",
+        # MaxText splits what lies between blocks over tensor too, along the model's width instead of the tokens.
+        sequence=row["sp"] == "true" or (row["framework"].startswith("MaxText") and number("tp", 1) > 1),
         schedule="interleaved" if stage > 1 and number("vpp", 1) > 1 else "1f1b",
         chunks=number("vpp", 1) if stage > 1 else 1,
         layers_per_stage=_layers_per_stage(row["other"]),
@@ -254,6 +261,9 @@ def _run(row: dict[str, str]) -> Run:
         microbatch=number("micro_batch"),
         microbatches=number("grad_accum", 1),
         remat=_remat(row["recompute"]),
+        recompute_latents="mla_up_proj" in row["recompute"],
+        sums_narrow="bf16 grad reduce" in row["precision"] or "bf16 params/grad-reduce" in row["precision"],
+        expert_ways=expert,
         seconds=float(row["best_step_time_s"]),
         memory_bytes=float(row["mem_per_device_GB"]) * 1e9 if row["mem_per_device_GB"] else None,
         memory_kind=row["mem_kind"],
