@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from redco_like.validation import fit as fitting
+from redco_like.validation.amp import crashed_section, read_amp
 from redco_like.validation.fit import Fitted
 from redco_like.validation.inference import answer, fit_section, inference_bars, latency_section, read_requests
 from redco_like.validation.memory import compare_plans, memory_bars, memory_section
@@ -66,7 +67,8 @@ def validate(
     """Estimate published runs and compare.
 
     Args:
-        folder: with published_runs.csv, and optionally vtrain/multi_node.csv; default `$REDCO_LIKE_GROUND_TRUTH`.
+        folder: with published_runs.csv, and optionally vtrain/, amp/ and galvatron/; default
+            `$REDCO_LIKE_GROUND_TRUTH`.
         fit: fit the constants on the runs; otherwise those of `search/efficiencies.toml` hold.
         progress: is told what happens, whenever that changes.
         plot: file for the scatter plot.
@@ -76,7 +78,7 @@ def validate(
     """
     tell = progress or (lambda _: None)
     runs, skipped_rows = read_runs(_folder(folder))
-    rankings = read_vtrain(_folder(folder))
+    rankings = [*read_vtrain(_folder(folder)), *read_amp(_folder(folder))]
     split = split_groups({run.group for run in runs} | {row.group for row in skipped_rows})
     skipped = collections.Counter(f"{row.group}: {row.reason}" for row in skipped_rows)
     tell(f"tracing the models of {len(runs)} runs")
@@ -170,6 +172,8 @@ def _others(
         answers = answer(requests, efficiency.of)
         sections += [latency_section(answers), fit_section(answers)]
         bars += inference_bars(answers)
+    if crashed := crashed_section(folder):
+        sections.append(crashed)
     if plans := compare_plans(folder):
         sections.append(memory_section(plans))
         bars += memory_bars(plans)
@@ -223,8 +227,9 @@ def _rank(ranking: Ranking, problems: Sequence[Problem], efficiency: _Constants)
     estimates = np.array([p.seconds(efficiency(p.run)) for p in problems])
     measured = np.array([p.run.seconds for p in problems])
     error = float(np.abs(estimates / measured - 1).mean())
+    source = problems[0].run.source.split()[0]
     return RankErrors(
-        f"vTrain {ranking.name}", len(problems), regret(estimates, measured), spearman(estimates, measured), error
+        f"{source} {ranking.name}", len(problems), regret(estimates, measured), spearman(estimates, measured), error
     )
 
 

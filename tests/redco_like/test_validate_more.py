@@ -13,6 +13,7 @@ import pytest
 from redco_like.models import ModelConfig, architecture
 from redco_like.problem import load_problem
 from redco_like.validation import FOLDER_VARIABLE
+from redco_like.validation.amp import FILE, crashed_section, read_amp
 from redco_like.validation.inference import (
     Answer,
     Request,
@@ -179,6 +180,22 @@ MADE_UP = {1: dict(ms=900, act=800, act_peak=1300), 2: dict(ms=1300, act=1300, a
 
 def test_without_a_profile_no_plans(tmp_path):
     assert compare_plans(tmp_path) == []
+
+
+def test_plans_that_crashed_are_not_ranked(tmp_path):
+    plan = {"mp": 2, "dp": 2, "pp": 4, "mbs": 4, "part": "0, 8, 14, 20, 30", "pred": 1.0}
+    path = tmp_path / FILE
+    path.parent.mkdir()
+    path.write_text(json.dumps({"homogeneous": [plan | {"real": 2.0}, plan | {"real": float("inf")}]}))
+    (ranking,) = read_amp(tmp_path)
+    (run,) = ranking.runs
+    assert (run.tensor, run.data, run.stage, run.microbatches, run.seconds) == (2, 2, 4, 4, 2.0)
+    assert run.layers_per_stage == ()
+    section = crashed_section(tmp_path)
+    assert section is not None
+    assert section.rows[0][1] == 1
+    assert read_amp(tmp_path / "nowhere") == []
+    assert crashed_section(tmp_path / "nowhere") is None
 
 
 def test_published_inference_keeps_the_errors_it_has():
