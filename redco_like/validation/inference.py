@@ -277,7 +277,7 @@ CONTEXT = (
     "the growth with the batch does not"
 )
 IN_PLACE = (
-    "a cache that is written in a loop over layers counts one and a half times, in the working set; without that margin "
+    "a cache that is written in a loop over layers counts one and a half times, in the working set; without it "
     "two of the nine that failed would be said to fit, as FasterTransformer's own buffers are larger"
 )
 
