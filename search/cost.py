@@ -273,8 +273,7 @@ class CostModel:
                 step_moved[region] += credit_xn * volume
             else:
                 into = hidden if flow.hides else exposed
-                waited = 1.0 if flow.hides else self.efficiency.unhidden
-                into[int(flow.phase == "backward"), region] += credit_xn * seconds * waited
+                into[int(flow.phase == "backward"), region] += credit_xn * seconds * self._waited(flow, sizes)
                 moved[region] += credit_xn * volume
 
         def on_stages(x: Floats) -> Floats:
@@ -381,13 +380,14 @@ class CostModel:
         """
         sizes = {axis: float(size[0]) for axis, size in axis_sizes(place, np.ones(1)).items()}
         seconds = self.ops[remat].bound(place, np.array(list(sizes.values())))
-        attained = self.efficiency.unhidden / max(self.efficiency.links, self.efficiency.network)
+        attained = max(self.efficiency.links, self.efficiency.network)
         for flow in place.flows:
             if not flow.hides and flow.phase != "step":
                 size = math.prod(sizes[axis] for axis in flow.axes)
                 volume = float(np.min(flow.bytes)) / math.prod(sizes[axis] for axis in flow.split)
                 once = lower_bound_seconds(self.cluster, flow.kind, volume, size)
-                seconds += attained * flow.times(self.remats[remat]) * float(once)
+                waited = self.efficiency.waited(flow.axes, size)
+                seconds += float(waited / attained * once) * flow.times(self.remats[remat])
         held_3f = place.held.sum(1)
         update = float((2 * held_3f[PARAMS] + held_3f[GRADIENTS] + 2 * held_3f[STATE]).min())
         update /= place.batch_shards if sharded else 1
@@ -447,10 +447,16 @@ class CostModel:
         What is waited for of those that do not hide, and not what is kept instead of gathered again (`regather`).
         """
         kept = ~columns.flags("regather").astype(bool)
-        for flow, seconds, volume in self._flow_seconds(place.flows, columns, *numbering(place, columns)):
-            waited = seconds * (1.0 if flow.hides or flow.phase == "step" else self.efficiency.unhidden)
+        sizes, strides = numbering(place, columns)
+        for flow, seconds, volume in self._flow_seconds(place.flows, columns, sizes, strides):
             runs = np.where(kept & flow.again, 0.0, 1.0)
-            yield flow, waited * runs, volume * runs
+            yield flow, seconds * self._waited(flow, sizes) * runs, volume * runs
+
+    def _waited(self, flow: Flow, sizes: Mapping[str, Floats]) -> Floats:
+        """Share of a collective's seconds that is waited for, or may hide behind compute as a whole."""
+        size = math.prod((sizes[axis] for axis in flow.axes), start=np.ones_like(sizes[DATA]))
+        whole = flow.hides or flow.phase == "step"
+        return np.ones_like(size) if whole else self.efficiency.waited(flow.axes, size)
 
     def _flow_seconds(
         self, flows: Sequence[Flow], columns: Columns, sizes: Mapping[str, Floats], strides: Mapping[str, Floats]

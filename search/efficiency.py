@@ -12,16 +12,22 @@ import dataclasses
 import functools
 import importlib.resources
 import tomllib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from search.accelerators import Accelerator
+from sharding_rules import CONTEXT, TENSOR
 
 Floats = npt.NDArray[np.float64]
-Framework = Literal["compiled", "megatron", "eager"]
-"""How operations reach the device: XLA; PyTorch with the elementwise operations fused by hand; PyTorch as it comes."""
+Framework = Literal["compiled", "megatron", "megatron-core", "eager"]
+"""How operations reach the device: XLA; PyTorch with the elementwise operations fused by hand, whose collectives are
+waited for; the same on Transformer Engine, whose collectives over tensor and context run piece by piece with the
+products they feed; PyTorch as it comes."""
+PARENTS: dict[str, tuple[Framework, ...]] = {"megatron-core": ("megatron",)}
+"""Frameworks whose constants hold where one has none of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,9 @@ class Efficiency:
         overlap_slowdown: of both sides while compute and a collective run together: 1.13 measured by Galvatron
             (github.com/PKU-DAIR/Hetu-Galvatron, overlap coefficient).
         unhidden: share of the collectives between operations that is waited for, the rest runs behind the products it
-            feeds, piece by piece (XLA's collective matmul, Wang et al. 2023; Megatron's overlapped tensor parallelism).
+            feeds (XLA's collective matmul, Wang et al. 2023).
+        in_pieces: 1 where those over tensor and context run as a ring, one piece per member, each piece behind the
+            product of the one before: the first is waited for (Transformer Engine's userbuffers, ring attention).
         links, network: bandwidth of collectives inside a node or slice, and of those that leave it, over what
             `search.collectives` says.
         spread: relative error of a step time: the interval of an estimate is [t / (1 + spread), t (1 + spread)].
@@ -72,6 +80,7 @@ class Efficiency:
     launch_seconds: tuple[tuple[str, float], ...] = (("gpu", 2e-6), ("tpu", 5e-7), ("cpu", 5e-6))
     overlap_slowdown: float = 1.13
     unhidden: float = 1.0
+    in_pieces: float = 0.0
     links: float = 1.0
     network: float = 1.0
     spread: float = 0.15
@@ -87,9 +96,21 @@ class Efficiency:
         kind = table.get(accelerator.kind, {})
         own = table.get(accelerator.name, {})
         values: dict[str, Any] = {}
-        for entry in (kind, kind.get(framework, {}), own, own.get(framework, {})):
+        names = (*PARENTS.get(framework, ()), framework)
+        for entry in (kind, *(kind.get(n, {}) for n in names), own, *(own.get(n, {}) for n in names)):
             values |= {name: value for name, value in entry.items() if name in _NUMBERS}
         return cls(**values)
+
+    def waited(self, axes: Sequence[str], size: Any) -> Floats:
+        """Share of a collective between operations that is waited for, by its mesh axes and its number of members.
+
+        >>> float(Efficiency(in_pieces=1.0).waited(("tensor",), 4))
+        0.25
+        """
+        whole = np.full(np.shape(size), self.unhidden)
+        if set(axes) <= {TENSOR, CONTEXT}:
+            return self.in_pieces / np.maximum(size, 1) + (1 - self.in_pieces) * whole
+        return whole
 
     def product(self, m: Any, n: Any, k: Any, *, batch: Any = 1.0, speed: Any = 1.0) -> Floats:
         """Share of the peak that a product of (m, k) and (k, n) attains on one device.

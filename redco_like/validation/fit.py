@@ -20,7 +20,7 @@ from scipy.optimize import least_squares
 
 from redco_like.validation.problems import Problem
 from search import find_accelerator
-from search.efficiency import Efficiency, Framework
+from search.efficiency import PARENTS, Efficiency, Framework
 
 NOISE = 0.05
 """Relative error of a measured step that the loss takes as usual; machines that are alike differ by 2 to 8 %."""
@@ -79,7 +79,6 @@ CONSTANTS = (
     ),
     Constant("overlap_slowdown", "gpu", "", 1.3, 1.0, 1.6, 0.3, "1.13 measured by Galvatron; NCCL takes processors"),
     Constant("overlap_slowdown", "tpu", "", 1.2, 1.0, 1.6, 0.3, "collectives share the memory's bandwidth"),
-    Constant("unhidden", "gpu", "", 0.8, 0.2, 1.0, 0.3, "Megatron of 2021 waits for all, that of 2024 hides most"),
     Constant("unhidden", "tpu", "", 0.5, 0.1, 1.0, 0.5, "collective matmul hides half and more (Wang et al. 2023)"),
     Constant("links", "gpu", "", 0.8, 0.4, 1.2, 0.3, "long rings attain what accelerators.toml has; steps interfere"),
     Constant("network", "gpu", "", 0.8, 0.3, 1.2, 0.3, "shared switches, and rings of other jobs"),
@@ -91,6 +90,13 @@ FIXED: dict[str, dict[str, float]] = {
     "tpu": {"half_size": 8.0, "half_depth": 60.0, "bandwidth": 0.9},
 }
 """What published runs do not tell apart, and is assumed."""
+BY_FRAMEWORK: dict[str, dict[str, float]] = {
+    "eager": {"unhidden": 1.0},
+    "megatron": {"unhidden": 1.0},
+    "megatron-core": {"in_pieces": 1.0},
+}
+"""What software does on GPUs, as it is written: nothing to fit. PyTorch waits for collectives between operations, and
+so did Megatron until 2023; Transformer Engine runs those over tensor and context in pieces."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +125,8 @@ class Fitted:
         scopes = (kind, NEWEST.get(kind, ""), family)
         values = dict(FIXED.get(kind, {}))
         for scope in scopes:
-            for which in ("", framework):
+            for which in ("", *PARENTS.get(framework, ()), framework):
+                values |= BY_FRAMEWORK.get(which, {}) if scope == kind == "gpu" else {}
                 values |= {f: v for (f, s, w), v in self.values.items() if s == scope and w == which}
         return dataclasses.replace(Efficiency(), **values, spread=self.spread.get(family, Efficiency.spread))
 
@@ -152,9 +159,10 @@ class Fitted:
                 ]
                 if ranges:
                     lines.append(f"intervals = {{ {', '.join(ranges)} }}")
-                for framework in dict.fromkeys(w for _, _, w in own if w):
-                    lines += ["", f"[{table}.{framework}]"]
-                    lines += [f"{f} = {v:.4g}" for (f, _, w), v in own.items() if w == framework]
+                known = BY_FRAMEWORK if scope == "gpu" else {}
+                for framework in dict.fromkeys([*(w for _, _, w in own if w), *known]):
+                    entry = known.get(framework, {}) | {f: v for (f, _, w), v in own.items() if w == framework}
+                    lines += ["", f"[{table}.{framework}]"] + [f"{name} = {v:.4g}" for name, v in entry.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -253,6 +261,10 @@ def _touches(constant: Constant, users: Sequence[tuple[str, Framework]]) -> set[
     for i, (accelerator, framework) in enumerate(users):
         family = FAMILIES.get(accelerator, accelerator)
         kind = find_accelerator(accelerator).kind
-        if constant.scope in (family, kind, NEWEST[kind]) and constant.framework in ("", framework):
+        if constant.scope in (family, kind, NEWEST[kind]) and constant.framework in (
+            "",
+            *PARENTS.get(framework, ()),
+            framework,
+        ):
             out.add(i)
     return out

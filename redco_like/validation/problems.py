@@ -19,10 +19,16 @@ from search import Plan, TracedModel, find_accelerator, parse_cluster
 from search.cluster import Cluster
 from search.costing import candidate, memory_parts
 from search.efficiency import Efficiency
-from search.placement import Columns, Placement
+from search.placement import Columns, Flow, Placement
 from search.schedule_times import makespan
 from search.space import Inner
 from sharding_rules import CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, PlanError
+
+LAYER_TENSORS = 12
+"""Of a block of GPT: two normalisations and four products, each with a bias."""
+LIVE = 1e9
+"""Parameters that DeepSpeed keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
+BITS = {"float8": 8, "float4": 4}
 
 
 @dataclasses.dataclass
@@ -84,7 +90,7 @@ class Problem:
             parts |= dict(zip(("params", "gradients", "optimizer"), whole.tolist(), strict=True))
         if run.sums_narrow:
             parts["gradients"] = min(parts["gradients"], parts["params"])
-        if run.framework == "megatron" and run.zero == 1:
+        if run.framework.startswith("megatron") and run.zero == 1:
             a = run.architecture
             experts = (a.layers - a.dense_layers) * a.experts * (2 + a.gated) * a.embed * a.expert_width
             share = min(1.0, 2 * experts / (run.expert * run.tensor * run.stage) / parts["params"])
@@ -115,15 +121,11 @@ class Problems:
             # Embedding and head stand for a layer each where 126 layers lie on 8 stages: equal shares all the same.
             model.layers = run.stage * math.ceil(model.layers / run.stage)
         place, columns = candidate(model, plan)
-        if run.reduces_narrow:
-            # The planner sums gradients over devices in float32, as the step does; these summed them in 16 bits.
-            flows = tuple(dataclasses.replace(f, summed_bytes=None) if f.phase == "step" else f for f in place.flows)
-            place = dataclasses.replace(place, flows=flows)
-        return Problem(run, plan, model, place, columns)
+        return Problem(run, plan, model, _as_run(place, run, cluster), columns)
 
     def _model(self, run: Run, cluster: Cluster) -> TracedModel:
         # Megatron's checkpoint runs the whole block again; PyTorch's stops and XLA's starts where nothing is needed.
-        gain = run.framework == "megatron" and run.remat == "full"
+        gain = run.framework.startswith("megatron") and run.remat == "full"
         key = (run.architecture, run.seq_len, run.global_batch, run.product_dtype, gain, run.remat, run.fused_attention)
         fused_loss = run.framework != "compiled"
         key = (*key, run.recompute_latents, fused_loss)
@@ -146,6 +148,75 @@ class Problems:
                 remats=(run.remat,),
             )
         return self._models[key].on(cluster)
+
+
+def _as_run(place: Placement, run: Run, cluster: Cluster) -> Placement:
+    """A placement with its collectives as the software of a run does them."""
+    if run.framework == "compiled":
+        return place
+    if run.fsdp > 1 and run.stage == 1:
+        place = _flat(place, run.fsdp)
+    flows = [_flow_as_run(flow, run, cluster) for flow in place.flows]
+    split = place.boundary_split
+    if run.framework == "megatron" and run.stage > 1 and TENSOR not in split:
+        # Each device of a tensor group sends a part to the next stage, which gathers them (Narayanan et al. 2021, 4.1).
+        count = {"": float(run.stage * run.chunks)}
+        phases = ("forward", "backward")
+        bytes_ = place.boundary_bytes
+        flows += [Flow("all_gather", (TENSOR,), bytes_, split, phase, False, True, count) for phase in phases]
+        split = (*split, TENSOR)
+    return dataclasses.replace(place, flows=tuple(flows), boundary_split=split)
+
+
+def _flat(place: Placement, fsdp: int) -> Placement:
+    """Weights laid end to end before they are split: devices that divide no array do too (where fewer do)."""
+    gathered = sum(flow.bytes for flow in place.flows if flow.kind == "all_gather" and flow.axes == (FSDP,))
+    best = int(np.argmax(gathered))
+    alike = np.ones(len(place.fsdp_sizes))
+    flows = []
+    for flow in place.flows:
+        if np.ndim(flow.bytes):
+            summed = None if flow.summed_bytes is None else alike * np.asarray(flow.summed_bytes)[best]
+            flow = dataclasses.replace(flow, bytes=alike * np.asarray(flow.bytes)[best], summed_bytes=summed)
+            if flow.kind == "all_reduce" and FSDP in flow.axes and place.batch_shards == fsdp:
+                flow = dataclasses.replace(flow, kind="reduce_scatter", axes=(FSDP,))
+        flows.append(flow)
+    held = place.held[:, :, [place.fsdp_sizes.index(1)]] / np.array(place.fsdp_sizes, np.float64)
+    return dataclasses.replace(place, flows=tuple(flows), held=held)
+
+
+def _flow_as_run(flow: Flow, run: Run, cluster: Cluster) -> Flow:
+    """A collective as the software of a run does it."""
+    if run.reduces_narrow and flow.phase == "step":
+        # The planner sums gradients over devices in float32, as the step does; these summed them in 16 bits.
+        flow = dataclasses.replace(flow, summed_bytes=None)
+    if run.framework == "megatron":
+        # No collective runs behind compute, and what ZeRO-3 has split is gathered tensor by tensor when it is needed.
+        flow = dataclasses.replace(flow, hides=False)
+        if flow.kind == "all_gather" and flow.axes == (FSDP,) and flow.region == "layers":
+            # A block larger than what DeepSpeed keeps goes after it was computed again, and is gathered once more.
+            gathers = LAYER_TENSORS * (2 if flow.again and run.remat == "full" and _block(run) > LIVE else 1)
+            count = {remat: gathers * times for remat, times in flow.count.items()}
+            flow = dataclasses.replace(flow, bytes=flow.bytes / LAYER_TENSORS, count=count)
+    if run.framework == "megatron-core" and flow.kind == "all_gather" and flow.axes == (TENSOR,):
+        # Transformer Engine gathers activations as its products take them: in 8 or 4 bits.
+        flow = dataclasses.replace(flow, bytes=flow.bytes * BITS.get(run.product_dtype, 16) / 16)
+    if run.framework == "megatron-core" and flow.kind == "all_to_all" and flow.axes == (EXPERT,):
+        # A token goes once to a node (a device, inside one) however many of its experts are there (DeepEP, HybridEP).
+        inside = max(1, cluster.devices_per_node // (run.tensor * run.context))
+        places = run.expert / inside if run.expert > inside else run.expert
+        once = places * (1 - (1 - 1 / places) ** run.architecture.chosen) / run.architecture.chosen
+        if run.sequence and TENSOR not in flow.split:
+            # Every device of a tensor group sends the tokens that it holds.
+            once /= run.tensor
+        flow = dataclasses.replace(flow, bytes=flow.bytes * once)
+    return flow
+
+
+def _block(run: Run) -> int:
+    """Parameters of a dense block, roughly."""
+    a = run.architecture
+    return a.embed * (2 * (a.heads + a.kv_heads) * a.head_dim + (2 + a.gated) * a.mlp)
 
 
 def plan_of(run: Run) -> Plan:
@@ -174,7 +245,7 @@ def plan_of(run: Run) -> Plan:
 
 def _order(run: Run) -> tuple[str, ...]:
     """Mesh axes, outermost first: Megatron puts stages outside of replicas, others as the mesh has them."""
-    if run.framework != "megatron" or run.stage == 1:
+    if not run.framework.startswith("megatron") or run.stage == 1:
         return ()
     names = (STAGE, DATA, FSDP, EXPERT, CONTEXT, TENSOR)
     return tuple(axis for axis in names if getattr(run, axis) > 1)

@@ -10,11 +10,9 @@ import csv
 import dataclasses
 import pathlib
 import re
-from typing import Literal
 
+from search.efficiency import Framework
 from search.plan import Remat
-
-Framework = Literal["eager", "megatron", "compiled"]
 
 ACCELERATORS = {
     "V100-SXM3-32GB (DGX-2)": "V100-32",
@@ -318,12 +316,15 @@ def _mla(text: str) -> Mla | None:
 def _framework(text: str) -> Framework:
     """How operations reach the device.
 
-    "eager": PyTorch modules one kernel at a time. "megatron": the same with the elementwise operations fused by hand.
+    "eager": PyTorch modules one kernel at a time. "megatron": the same with the elementwise operations fused by hand,
+    and no collective behind compute. "megatron-core": the same with Transformer Engine, and all of them behind compute.
     "compiled": XLA.
     """
     if text.startswith("MaxText"):
         return "compiled"
-    if text.startswith(("Megatron", "NeMo (", "GPT-NeoX")) and "ZeRO-3" not in text:
+    if "Megatron-Core" in text:
+        return "megatron-core"
+    if text.startswith(("Megatron", "GPT-NeoX")):
         return "megatron"
     return "eager"
 

@@ -210,6 +210,53 @@ def test_constants_stay_within_their_bounds_whatever_the_times():
         assert low * (1 - 1e-9) <= value <= high * (1 + 1e-9)
 
 
+def test_software_says_what_is_waited_for():
+    tensor = make_run(architecture=LARGE, fsdp=1, zero=0, tensor=8, sequence=True, framework="megatron")
+    waits, pieces = (
+        Problems()
+        .of(dataclasses.replace(tensor, framework=name))
+        .parts(Fitted({}, {}, {}, {}).efficiency("H100", name))
+        for name in ("megatron", "megatron-core")
+    )
+    assert pieces["exposed tensor"] == pytest.approx(waits["exposed tensor"] / 8)
+    assert pieces["compute"] == waits["compute"]
+
+
+def test_transformer_engine_gathers_as_narrow_as_its_products():
+    run = make_run(fsdp=1, zero=0, tensor=2, data=4, sequence=True, framework="megatron-core", accelerator="H100")
+    wide, narrow = (
+        sum(f.bytes for f in Problems().of(dataclasses.replace(run, product_dtype=dtype)).place.flows
+            if (f.kind, f.axes) == ("all_gather", ("tensor",)))
+        for dtype in ("bfloat16", "float8")
+    )  # fmt: skip
+    assert narrow == pytest.approx(wide / 2)
+
+
+def test_old_megatron_hides_nothing_and_sends_parts_between_stages():
+    problem = Problems().of(make_run(fsdp=1, zero=0, tensor=4, stage=2, devices=8, framework="megatron"))
+    assert not any(flow.hides for flow in problem.place.flows)
+    assert "tensor" in problem.place.boundary_split
+    sharded = Problems().of(make_run(framework="megatron")).place.flows
+    apart = Problems().of(make_run(framework="eager")).place.flows
+    gathers, whole = (
+        [f for f in flows if f.kind == "all_gather" and f.region == "layers" and f.phase == "forward"]
+        for flows in (sharded, apart)
+    )
+    assert [f.times("none") for f in gathers] == [12 * f.times("none") for f in whole]
+    assert [12 * np.max(f.bytes) for f in gathers] == pytest.approx([np.max(f.bytes) for f in whole])
+
+
+def test_weights_laid_end_to_end_are_split_by_any_number_of_devices():
+    def sums(devices: int) -> tuple[float, np.ndarray]:
+        run = make_run(devices=devices, fsdp=devices, global_batch=16 * devices, microbatches=1)
+        place = Problems().of(run).place
+        return float(sum(np.max(flow.bytes) for flow in place.flows if flow.kind == "all_gather")), place.held[:, :, -1]
+
+    (even, held), (odd, held_odd) = sums(8), sums(24)
+    assert odd == pytest.approx(even)
+    assert held_odd.sum() * 24 == pytest.approx(held.sum() * 8)
+
+
 def test_efficiencies_file_reads_back_what_was_fitted():
     values = {("matmul", "A100", ""): 0.7, ("matmul", "H100", ""): 0.6, ("loop_traffic", "gpu", "eager"): 1.5}
     fitted = Fitted(values, {key: (v * 0.9, v * 1.1) for key, v in values.items()}, {"A100": 0.1}, {"A100": 3})
@@ -219,13 +266,14 @@ def test_efficiencies_file_reads_back_what_was_fitted():
     assert table["A100-40"]["matmul"] == table["A100-80"]["matmul"] == 0.7
     assert table["gpu"]["matmul"] == 0.6
     assert table["gpu"]["eager"]["loop_traffic"] == 1.5
+    assert table["gpu"]["megatron-core"]["in_pieces"] == fitted.efficiency("H100", "megatron-core").in_pieces == 1
     assert table["A100-80"]["intervals"]["matmul"] == [0.63, 0.77]
 
 
 def test_packaged_efficiencies_are_within_physical_bounds():
     for name in ("A100-80", "H100", "B200", "v5e", "v5p", "v6e"):
         accelerator = find_accelerator(name)
-        for framework in ("compiled", "megatron", "eager"):
+        for framework in ("compiled", "megatron", "megatron-core", "eager"):
             e = Efficiency.for_accelerator(accelerator, framework)
             assert 0.4 < e.matmul <= 1.0
             assert 0.1 < e.attention * e.attention_backward <= 2.0
