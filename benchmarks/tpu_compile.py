@@ -4,7 +4,7 @@ The real XLA:TPU compiler (libtpu, extra `tpu-aot`) runs in a child process that
 assigned, the scheduled and partitioned program and its memory report are on disk, and the child is ended: code
 generation is 90 % of a compile.
 
-    child:   when `REDCO_LIKE_CHILD` is set, the script prints `argument_bytes N` and compiles a function named `...step`
+    child:   when `REDCO_LIKE_CHILD` is set, the script prints `argument_bytes N` and compiles a function `...step`
     parent:  report = run_child(script, ["--variant", "pinned"], limit_seconds=300)
 """
 

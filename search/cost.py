@@ -101,6 +101,7 @@ class _Stages:
         weights_kn: of which gradients of weights.
         hidden_pxkn, exposed_pxkn: seconds of collectives that may hide, and that may not.
         step_hidden_xkn, step_exposed_xkn: the same, once per step.
+        beside_xkn: what runs, piece by piece, beside the products it feeds.
         moved_xkn: bytes of buffers per microbatch; step_moved_xkn: once per step.
         host_pkn: transfers to and from the host.
         transfer_n: activations to the next stage.
@@ -113,6 +114,7 @@ class _Stages:
     exposed_pxkn: Floats
     step_hidden_xkn: Floats
     step_exposed_xkn: Floats
+    beside_xkn: Floats
     moved_xkn: Floats
     step_moved_xkn: Floats
     host_pkn: Floats
@@ -223,7 +225,9 @@ class CostModel:
         worst = _Picker(np.where(one.real_k[:, None], step_xkn.sum(0), -np.inf).argmax(0))
         exposed_xn = m * pick(exposed_pxkn.sum(0)) + worst(step_xkn)
         collectives_pxkn = one.hidden_pxkn + one.exposed_pxkn
-        collectives_xn = m * pick(collectives_pxkn.sum(0)) + worst(one.step_hidden_xkn + one.step_exposed_xkn)
+        collectives_xn = m * pick(collectives_pxkn.sum(0) + one.beside_xkn) + worst(
+            one.step_hidden_xkn + one.step_exposed_xkn
+        )
         moved_xn = m * pick(one.moved_xkn) + worst(one.step_moved_xkn)
         held_3n = self.held(place, columns)
         data = np.where(columns.flags("optimizer_sharding"), place.batch_shards / self._fsdp(place, columns), 1.0)
@@ -233,7 +237,7 @@ class CostModel:
             compute=m * pick(one.compute_pkn.sum(0))
             + np.where(m > 1, self.efficiency.gradient_passes * m * held_3n[GRADIENTS] / self.bandwidth, 0.0),
             exposed={axis: exposed_xn[i] for i, axis in enumerate(AXES)},
-            hidden=m * pick(hidden_pkn.sum(0)) + worst(one.step_hidden_xkn.sum(0)),
+            hidden=m * pick(hidden_pkn.sum(0) + one.beside_xkn.sum(0)) + worst(one.step_hidden_xkn.sum(0)),
             bubble=bubble,
             optimizer=(update / data / self.bandwidth + self.launch) * self.trains,
             offload=m * pick(host_pkn.sum(0)) + state_n,
@@ -261,6 +265,7 @@ class CostModel:
         hidden, exposed = np.zeros(shape), np.zeros(shape)
         step_hidden, step_exposed = np.zeros(shape[1:]), np.zeros(shape[1:])
         moved, step_moved = np.zeros(shape[1:]), np.zeros(shape[1:])
+        beside = np.zeros(shape[1:])
         kept = ~columns.flags("regather").astype(bool)
         flows = [*place.flows, *self._vocab_flows(place, vocab)]
         for flow, seconds, volume in self._flow_seconds(flows, columns, sizes, strides):
@@ -273,7 +278,9 @@ class CostModel:
                 step_moved[region] += credit_xn * volume
             else:
                 into = hidden if flow.hides else exposed
-                into[int(flow.phase == "backward"), region] += credit_xn * seconds * self._waited(flow, sizes)
+                waited = self._waited(flow, sizes)
+                into[int(flow.phase == "backward"), region] += credit_xn * seconds * waited
+                beside[region] += credit_xn * seconds * (1 - waited)
                 moved[region] += credit_xn * volume
 
         def on_stages(x: Floats) -> Floats:
@@ -288,6 +295,7 @@ class CostModel:
             exposed_pxkn=on_stages(np.moveaxis(exposed, 1, 2)),
             step_hidden_xkn=on_stages(np.moveaxis(step_hidden, 0, 1)),
             step_exposed_xkn=on_stages(np.moveaxis(step_exposed, 0, 1)),
+            beside_xkn=on_stages(np.moveaxis(beside, 0, 1)),
             moved_xkn=on_stages(np.moveaxis(moved, 0, 1)),
             step_moved_xkn=on_stages(np.moveaxis(step_moved, 0, 1)),
             host_pkn=np.zeros((2, len(weights_kr), n)),

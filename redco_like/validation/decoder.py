@@ -138,7 +138,7 @@ def _block(
     return x_BLD + (y_BLD * p["gain2"][None, None] if "gain2" in p else y_BLD), None
 
 
-def _attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any, _: bool) -> jax.Array:
+def _attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any, _recompute: bool) -> jax.Array:
     B, L, _ = h_BLD.shape
     K, G, H = a.kv_heads, a.heads // a.kv_heads, a.head_dim
     q, k, v = dots(h_BLD, p["q"], p["k"], p["v"])
@@ -166,7 +166,7 @@ def _latent_attention(h_BLD: jax.Array, p: Tree, a: Architecture, dots: Any, rec
         return jnp.einsum("bnlm,bmnh->blnh", _causal_softmax(s_BNLM), v_BLNH)
 
     given = (latent_BLR, shared_BLH, q_BLD, p)
-    o_BLNH = _one_kernel(attend, *given) if recompute else attend(*given)
+    o_BLNH: Any = _one_kernel(attend, *given) if recompute else attend(*given)
     return dots(o_BLNH.reshape(B, L, N * m.v), p["out"])[0]
 
 
