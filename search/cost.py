@@ -19,8 +19,7 @@ state sharded over data (ZeRO-1) turns the all-reduce of gradients into a reduce
 same seconds, of which the second half may hide behind the first forward pass. What is offloaded moves over the host's
 link: the optimizer's state once per step, activations behind the pass that makes or needs them.
 
-Not costed, though the compiled step has it: what moves where tokens are sorted over the whole batch. Gradients are
-all-reduced once per step, also with microbatches.
+Not costed, though the compiled step has it: what moves where tokens are sorted over the whole batch.
 """
 
 from __future__ import annotations
