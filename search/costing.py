@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from search.cost import GRADIENTS, PARAMS, STATE, StepSeconds
+from search.cost import StepSeconds
 from search.estimate import Estimate
 from search.memory import ActivationBytes
 from search.placement import Columns, Floats, Placement, Variant, in_flight
@@ -215,4 +215,13 @@ def timeline(model: Model, plan: Plan) -> Timeline:
     return simulate(schedule, **stage_seconds(model, plan))
 
 
-__all__ = ["GRADIENTS", "PARAMS", "STATE", "Costed", "candidate", "estimate_plan", "memory_parts", "timeline"]
+__all__ = [
+    "Costed",
+    "candidate",
+    "estimate",
+    "estimate_plan",
+    "memory_parts",
+    "saved_bytes",
+    "stage_seconds",
+    "timeline",
+]

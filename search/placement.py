@@ -80,8 +80,8 @@ class Placement:
         held: bytes of parameters, gradients and optimizer state on a device without pipeline stages, by region:
             shape (3, regions, fsdp sizes), regions as in `REGIONS`.
         cache_bytes: of other inputs that stay on a device (a cache of keys and values).
-        boundary_bytes, boundary_split: what passes from one layer to the next, and the mesh axes that split it.
-        payload: what the maker of the placement needs to count activations.
+        boundary_bytes: what passes from one layer to the next on a device, all microbatches together; `boundary_split`
+            are mesh axes that split it besides.
     """
 
     expert: int
@@ -100,7 +100,6 @@ class Placement:
     cache_bytes: float = 0.0
     boundary_bytes: float = 0.0
     boundary_split: tuple[str, ...] = ()
-    payload: Any = None
 
     def mesh(self, fsdp: int) -> MeshShape:
         return MeshShape(

@@ -2,7 +2,7 @@
 
 model = TracedModel(traced, abstract_opt_state, cluster)
 model.place(inner)                                 # a Placement, or the reason why there is none
-model.activation_bytes(placement, "full")
+model.activations(placement, "full", microbatches, fsdp)
 """
 
 from __future__ import annotations

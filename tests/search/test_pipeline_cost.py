@@ -44,10 +44,8 @@ def test_layers_are_found_in_loops_and_written_out(name):
         if op.k:
             flops[region] += op.flops * op.trips
     # The embedding is a lookup; the head's products are the last region's.
-    head = max(rows for rows in work.rows.values())
     assert flops["first"] == 0
     assert flops["last"] > 0
-    assert head > 0
     assert flops["layers"] > 5 * flops["last"]
 
 
