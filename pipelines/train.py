@@ -229,6 +229,20 @@ class TrainProgram:
         _ = self._executable
         return time.perf_counter() - start
 
+    def lower(self) -> jax.stages.Lowered:
+        """The step as a compiler takes it, for the devices of the mesh."""
+
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            return self._step(state, batch)
+
+        jitted = jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(self.state_shardings, self.batch_shardings),
+            out_shardings=(self.state_shardings, self._replicated),
+        )
+        return jitted.lower(self.abstract_state, self.abstract_batch)
+
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step. `state` is donated; the metrics stay on the device.
 
@@ -270,13 +284,7 @@ class TrainProgram:
     def _executable(self) -> jax.stages.Compiled:
         # Called directly: as cheap as a call through jit (0.3 ms for a whole step of a tiny model, either way), and the
         # state's shapes can never make it compile again in silence.
-        step = jax.jit(
-            self._step,
-            donate_argnums=0,
-            in_shardings=(self.state_shardings, self.batch_shardings),
-            out_shardings=(self.state_shardings, self._replicated),
-        )
-        return step.lower(self.abstract_state, self.abstract_batch).compile()
+        return self.lower().compile(compiler_options=dict(self.plan.compiler_options) or None)
 
     def _shardings(self, specs: Any) -> Any:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))

@@ -16,11 +16,12 @@ from search.estimate import Estimate
 from search.schedules import ScheduleName
 from sharding_rules import AXES, MeshShape
 
-PLAN_VERSION = 2
-READABLE = (1, 2)
-"""Versions that are read; what the first one lacks is at its default."""
+PLAN_VERSION = 3
+READABLE = (1, 2, 3)
+"""Versions that are read; what the earlier ones lack is at its default."""
 Remat = Literal["none", "dots", "full"]
 Vocab = Literal["ends", "spread"]
+Attention = Literal["fused", "plain"]
 Offload = Literal["optimizer", "activations", "params"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Rule = tuple[str, tuple[Any, ...]]
@@ -48,6 +49,9 @@ class Plan:
         order: mesh axes larger than 1, outermost (slowest links) first; empty: the order of `sharding_rules.AXES`.
         param_dtype, compute_dtype, accum_dtype: dtype of stored parameters, of the forward and backward pass, and of
             the gradient sum over microbatches.
+        attention: "fused": where the model calls `redco_like.attention`, the kernel of the platform runs (on CPUs none
+            does); "plain": scores are written to memory.
+        compiler_options: of XLA, (name, value) pairs that the step is compiled with.
         reason: one line on why this plan was taken.
         estimate, problem: what is expected of it, and what it was made for (model, cluster, sequence, batch, ...); not
             compared, and not needed to run it.
@@ -68,13 +72,15 @@ class Plan:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     accum_dtype: str = "float32"
+    attention: Attention = "fused"
+    compiler_options: tuple[tuple[str, str], ...] = ()
     reason: str = ""
     version: int = PLAN_VERSION
     estimate: Estimate | None = dataclasses.field(default=None, compare=False, repr=False)
     problem: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
-        for name, choices in (("remat", Remat), ("schedule", ScheduleName), ("vocab", Vocab)):
+        for name, choices in (("remat", Remat), ("schedule", ScheduleName), ("vocab", Vocab), ("attention", Attention)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}; one of {', '.join(get_args(choices))}")
         for name in ("microbatches", "chunks"):
@@ -93,6 +99,7 @@ class Plan:
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name}={getattr(self, name)!r}; one of {', '.join(DTYPES)}")
         object.__setattr__(self, "rules", tuple(_rule(rule) for rule in self.rules))
+        object.__setattr__(self, "compiler_options", tuple(_option(entry) for entry in self.compiler_options))
 
     @property
     def planned(self) -> tuple[str, ...]:
@@ -162,6 +169,12 @@ class Plan:
             for field in dataclasses.fields(self)
             if field.compare and getattr(self, field.name) != getattr(other, field.name)
         }
+
+
+def _option(entry: Any) -> tuple[str, str]:
+    if not isinstance(entry, list | tuple) or [type(part) for part in entry] != [str, str]:
+        raise ValueError(f"compiler_options are pairs of a name and a value, both text, not {entry!r}")
+    return entry[0], entry[1]
 
 
 def _rule(rule: Any) -> Rule:

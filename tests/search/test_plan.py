@@ -54,7 +54,7 @@ def test_diff_names_the_fields():
 def test_a_plan_is_saved_and_loaded(tmp_path):
     PLAN.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == PLAN
-    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 2
+    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 3
 
 
 def test_an_estimate_is_saved_beside_the_plan_and_is_no_part_of_it(tmp_path):
@@ -125,7 +125,9 @@ BAD = {
     "not_json": ("{", "not JSON"),
     "not_an_object": ("[1]", "not a JSON object"),
     "unknown_field": (record(microbatch=2), r"unknown fields \['microbatch'\]; known: .*microbatches"),
-    "other_version": (record(version=9), "version 9; this program reads 1, 2"),
+    "other_version": (record(version=9), "version 9; this program reads 1, 2, 3"),
+    "attention": ('{"version": 3, "mesh": {}, "attention": "flash"}', "attention='flash'; one of fused, plain"),
+    "options": ('{"version": 3, "mesh": {}, "compiler_options": [["xla", 1]]}', "compiler_options are pairs"),
     "schedule": ('{"version": 2, "mesh": {}, "schedule": "2f2b"}', "schedule='2f2b'"),
     "chunks": ('{"version": 2, "mesh": {}, "chunks": 2}', "only interleaved has chunks"),
     "offload": ('{"version": 2, "mesh": {}, "offload": ["everything"]}', "offload: 'everything'; among optimizer"),
