@@ -10,6 +10,7 @@ Nothing is allocated and no device is needed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from pipelines.functions import LOSS_ARGUMENTS, argument_names, describe_tree, normalise_loss
 from search import Plan
+from search.liveness import itemsize
 from sharding_rules import Layout, MeshShape, TracedFunction, make_layout, path_str, trace
 
 NAMES = ("params", "batch", "rng", "state")
@@ -153,6 +155,11 @@ def init_values(init_fn: Callable[..., Any], takes_state: bool, param_dtype: str
         return cast_floats(made[0], param_dtype), made[1]
 
     return values
+
+
+def local_bytes(abstract: Any) -> int:
+    """Bytes on one device of a tree of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * itemsize(x.dtype) for x in jax.tree.leaves(abstract))
 
 
 def abstract_key() -> jax.ShapeDtypeStruct:

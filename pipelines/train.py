@@ -44,6 +44,7 @@ from pipelines.problem import (
     init_values,
     join_trainable,
     layout_of,
+    local_bytes,
     split_trainable,
     split_trainable_like,
     trace_loss,
@@ -228,6 +229,15 @@ class TrainProgram:
         start = time.perf_counter()
         _ = self._executable
         return time.perf_counter() - start
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes on a device, by shapes and shardings: arguments, of those what is donated, and results beside it."""
+        batch = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract_batch, self.batch_shardings
+        )
+        state = local_bytes(self.abstract_state)
+        return {"arguments": state + local_bytes(batch), "aliased": state, "results": 0}
 
     def lower(self) -> jax.stages.Lowered:
         """The step as a compiler takes it, for the devices of the mesh."""

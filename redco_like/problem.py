@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import math
 import os
@@ -27,11 +28,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from pipelines.cached import CachedProgram, build_cached_program
 from pipelines.functions import batch_rows
 from pipelines.problem import abstract_init, cast_floats, split_trainable, trace_loss
+from pipelines.train import TrainProgram, build_train_program
 from redco_like.models import ModelConfig, architecture, architectures
 from redco_like.models.hf import read_config
+from search import Plan
 from sharding_rules import TracedFunction, abstract, trace
 
 Task = Literal["train", "prefill", "decode"]
@@ -58,6 +63,7 @@ class ModelProblem:
         description: one line.
         task: what is traced.
         config: sizes of the architecture; None for a run file.
+        build: (plan, mesh) -> the step as the runtime runs it: a program with `lower()`.
     """
 
     name: str
@@ -71,6 +77,7 @@ class ModelProblem:
     description: str
     task: Task = "train"
     config: ModelConfig | None = None
+    build: Callable[[Plan, Mesh], TrainProgram | CachedProgram] | None = dataclasses.field(default=None, repr=False)
 
 
 def load_problem(
@@ -196,6 +203,7 @@ def _of_config(
         batch = model.abstract_batch(rows, seq_len)
         traced = trace_loss(model.loss_fn, values, batch, training=True, compute_dtype=options.dtype)
         optimizer = make_optimizer(options.optimizer, stacked=True)
+        build = functools.partial(build_train_program, model.loss_fn, model.init_fn, optimizer, batch)
         opt_state = jax.eval_shape(optimizer.init, split_trainable(values.params)[0])
     else:
         length = model.check_length(seq_len)
@@ -210,6 +218,7 @@ def _of_config(
             }
             function = _decode_of(model)
         traced = trace(function, params, batch, cache, names=("params", "batch", "state"))
+        build = functools.partial(build_cached_program, traced)
     parameters = _count(values.params)
     return ModelProblem(
         name=name,
@@ -223,6 +232,7 @@ def _of_config(
         description=_describe(config, name, parameters),
         task=options.task,
         config=config,
+        build=build,
     )
 
 
@@ -291,6 +301,7 @@ def _of_run_file(path: Path, options: _Options) -> ModelProblem:
         fused_attention=bool(fields("fused_attention")),
         source="run file",
         description=f"{name}: {_short(parameters)} parameters, from {path}",
+        build=functools.partial(build_train_program, loss_fn, init_fn, optimizer, batch),
     )
 
 

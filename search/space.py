@@ -169,7 +169,9 @@ class Space:
         remats = self.model.costs.remats
         remat = [i for i, name in enumerate(remats) if name == self.fix.get("remat", name)]
         each = self.model.batch // (place.batch_shards * place.expert)
-        parts = [m for m in divisors(each) if m == self.fix.get("microbatches", m)]
+        # A step of inference runs all its rows at once.
+        splits = divisors(each) if self.model.costs.trains else [1]
+        parts = [m for m in splits if m == self.fix.get("microbatches", m)]
         parts = [m for m in parts if self.max_microbatch is None or each // m <= self.max_microbatch]
         variants = self.variants(place, everything=everything)
         if not variants:

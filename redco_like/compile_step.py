@@ -1,0 +1,52 @@
+"""The child process of `verify`: builds the step of a plan for devices that are not there, and compiles it.
+
+    python -m redco_like.compile_step request.json
+
+The request has the plan, the problem it is for and the cluster, as JSON. What is found out is told on stdout, one JSON
+object per line with an `event`: `lowered` (bytes of arguments and results by shape and sharding), then, where the
+compile is not ended before, `compiled` (the compiler's own memory analysis).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+MEMORY_FIELDS = ("argument", "output", "alias", "temp", "generated_code")
+
+
+def main(path: str) -> int:
+    """Compile what a request asks for."""
+    request = json.loads(pathlib.Path(path).read_text("utf-8"))
+    from redco_like.problem import load_problem
+    from search import Cluster, Plan
+    from search.topology import open_devices, target_of
+    from sharding_rules import make_mesh
+
+    cluster, plan = Cluster.from_json(request["cluster"]), Plan.from_json(request["plan"])
+    tell("opening", what=cluster.name)
+    devices = open_devices(target_of(cluster))
+    mesh = make_mesh(plan.mesh, devices, order=plan.order)
+    tell("tracing")
+    problem = load_problem(request["problem"].pop("model"), **request["problem"])
+    assert problem.build is not None
+    program = problem.build(plan, mesh)
+    lowered = program.lower()
+    tell("lowered", bytes=program.device_bytes)
+    compiled = lowered.compile(compiler_options=dict(plan.compiler_options) or None)
+    analysis = compiled.memory_analysis()
+    if analysis is not None:
+        sizes = {name: getattr(analysis, f"{name}_size_in_bytes", 0) for name in MEMORY_FIELDS}
+        sizes |= {f"host_{name}": getattr(analysis, f"host_{name}_size_in_bytes", 0) for name in MEMORY_FIELDS}
+        tell("compiled", memory=sizes)
+    return 0
+
+
+def tell(event: str, **what: Any) -> None:
+    print(json.dumps({"event": event, **what}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
