@@ -52,7 +52,7 @@ class Explain:
             if plan is None:
                 plan = self._preset(loaded.cluster, record)
             tell("estimating")
-            from redco_like.cli.collectives import collectives
+            from search.planned_collectives import collectives
 
             plan = planning.estimated(loaded, plan)
             layout = planning.layout(loaded, plan)

@@ -12,7 +12,7 @@ from redco_like.cli import units
 from redco_like.cli.words import ordered_axes
 
 if TYPE_CHECKING:
-    from redco_like.cli.collectives import Collective
+    from search.planned_collectives import Collective
     from search import Estimate, Plan, Sensitivity
 
 LABEL_WIDTH, PLAN_WIDTH = 18, 13

@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from search import Plan, TracedModel
+from search.plan import Plan
 from search.costing import candidate
 from search.placement import REGIONS
+from search.space import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Collective:
     hides: bool
 
 
-def collectives(model: TracedModel, plan: Plan) -> list[Collective]:
+def collectives(model: Model, plan: Plan) -> list[Collective]:
     """List them, by axis and then the slowest first; on the stage that has most of them.
 
     Raises:
