@@ -96,12 +96,30 @@ class MeshShape:
         return ",".join(used) or "data=1"
 
 
+def in_order(devices: Sequence[Any]) -> list[Any]:
+    """Sort devices into the numbering that plans and cost models count in: neighbours first.
+
+    TPUs go by slice, then coordinates with the last one fastest, then core of the chip; JAX's own ids count x fastest.
+    GPUs go by slice, then process, then id. CPU devices stay as they are.
+    """
+    if not devices or devices[0].platform == "cpu":
+        return list(devices)
+    if getattr(devices[0], "coords", None) is not None:
+        return sorted(devices, key=lambda d: (_slice(d), tuple(d.coords), getattr(d, "core_on_chip", 0) or 0))
+    return sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None, *, order: Sequence[str] = ()) -> Mesh:
     """Lay devices out as a mesh with all six axes, automatic partitioning on each.
 
     Args:
         shape: devices per axis; their product is the number of devices used.
-        devices: default `jax.devices()`. On accelerators `jax.make_mesh` places neighbours on fast links.
+        devices: default `jax.devices()`. On accelerators they are laid out in the numbering of `in_order`, so that each
+            axis runs over the links that the plan was costed with.
         order: axes larger than 1, outermost (slowest links) first; default the order of `AXES`. The mesh's own axes
             keep their order: only which device sits where changes.
 
@@ -115,9 +133,5 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None, *, order: 
     if order and sorted(order) != sorted(large):
         raise ValueError(f"order={tuple(order)} is not the axes of the mesh {shape} that are larger than 1: {large}")
     placed = [*(axis for axis in AXES if axis not in large), *(order or large)]
-    sizes = tuple(shape.sizes[axis] for axis in placed)
-    if devices[0].platform == "cpu":
-        laid = np.asarray(devices).reshape(sizes)
-    else:
-        laid = jax.make_mesh(sizes, placed, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
+    laid = np.asarray(in_order(devices)).reshape([shape.sizes[axis] for axis in placed])
     return Mesh(laid.transpose([placed.index(axis) for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
