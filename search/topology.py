@@ -19,6 +19,7 @@ import importlib.resources
 import math
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -243,9 +244,14 @@ def _version(name: str) -> str | None:
 
 def environment(target: Target) -> dict[str, str]:
     """Return the environment variables of the child that compiles, to lay over those of the parent."""
-    env = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3")}
-    if path := toolchain_path():
-        env["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *path])
+    # What this process can import, the child can.
+    path = [os.getcwd() if folder == "" else folder for folder in sys.path]
+    env = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes out of it is not compiled, and leaves nothing to read
+        "PYTHONPATH": os.pathsep.join([*path, *toolchain_path()]),
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
+    }
     if target.platform == "cuda":
         return env | {"CUDA_VISIBLE_DEVICES": "-1"}
     _, prefix, per_chip = _TPUS[target.accelerator]

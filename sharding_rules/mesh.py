@@ -104,7 +104,7 @@ def in_order(devices: Sequence[Any]) -> list[Any]:
     """
     if not devices or devices[0].platform == "cpu":
         return list(devices)
-    if getattr(devices[0], "coords", None) is not None:
+    if devices[0].platform == "tpu":
         return sorted(devices, key=lambda d: (_slice(d), tuple(d.coords), getattr(d, "core_on_chip", 0) or 0))
     return sorted(devices, key=lambda d: (_slice(d), d.process_index, d.id))
 
