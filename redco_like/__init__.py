@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from redco_like.trainer import FitResult, Trainer
     from redco_like.watch import NonFiniteError
     from search import Plan
-    from sharding_rules import MeshShape, PlanError
+    from sharding_rules import MeshShape, PlanError, attention
 
 _HOMES = {
     "CheckpointError": "redco_like.checkpoint",
@@ -34,6 +34,7 @@ _HOMES = {
     "Predictor": "redco_like.predictor",
     "Progress": "redco_like.metrics",
     "Trainer": "redco_like.trainer",
+    "attention": "sharding_rules",
     "read_metrics": "redco_like.metrics",
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "Predictor",
     "Progress",
     "Trainer",
+    "attention",
     "read_metrics",
 ]
 

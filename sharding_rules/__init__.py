@@ -2,6 +2,7 @@
 
 from sharding_rules.errors import PlanError
 from sharding_rules.explain import format_bytes
+from sharding_rules.kernels import AttentionCall, Kernels, attention
 from sharding_rules.layout import Layout, make_layout
 from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, make_mesh
 from sharding_rules.trace import TracedFunction, abstract, path_str, trace, tree_paths
@@ -15,11 +16,14 @@ __all__ = [
     "FSDP",
     "STAGE",
     "TENSOR",
+    "AttentionCall",
+    "Kernels",
     "Layout",
     "MeshShape",
     "PlanError",
     "TracedFunction",
     "abstract",
+    "attention",
     "format_bytes",
     "make_layout",
     "make_mesh",

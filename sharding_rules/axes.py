@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from sharding_rules.inline import inline_calls
+from sharding_rules.inline import Found, inline_calls
 from sharding_rules.trace import TracedFunction, tree_paths
 
 PARAM = 1
@@ -277,6 +277,7 @@ class AxisTable:
             results got fresh axes.
         notes: what could not be aligned, in words.
         keys: variable -> its dimensions along the keys of attention (`scores`).
+        attention: calls of `attention`, by the first variable that each one makes.
     """
 
     traced: TracedFunction
@@ -286,6 +287,7 @@ class AxisTable:
     unknown: dict[str, int]
     notes: list[str]
     keys: dict[Var, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    attention: Found = dataclasses.field(default_factory=dict)
 
     def inputs(self, name: str) -> list[tuple[Dim, ...]]:
         """Dimensions of the leaves of one argument, in leaf order, as the axes they are made of."""
@@ -473,7 +475,8 @@ def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "
     from sharding_rules.scores import key_dimensions
 
     inference = Inference(primitives.RULES, control_flow.inline_call)
-    traced = dataclasses.replace(traced, jaxpr=inline_calls(traced.jaxpr))
+    found: Found = {}
+    traced = dataclasses.replace(traced, jaxpr=inline_calls(traced.jaxpr, found))
     scope = Scope(traced.jaxpr.jaxpr)
     origins: list[int] = []
     for name, arg in zip(traced.names, traced.args, strict=True):
@@ -484,4 +487,5 @@ def infer_axes(traced: TracedFunction, *, params: str = "params", batch: str = "
     dims = [inference.fresh(shape_of(var)) for var in scope.jaxpr.invars]
     inference.run(scope, dims, origins)
     keys = key_dimensions(scope)
-    return AxisTable(traced, scope, inference.contractions, inference.marks, inference.unknown, inference.notes, keys)
+    seen = inference.contractions, inference.marks, inference.unknown, inference.notes
+    return AxisTable(traced, scope, *seen, keys, found)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from sharding_rules.assignment import Assignment, assign
 from sharding_rules.assignment import preset as preset_assignment
 from sharding_rules.axes import AxisTable, infer_axes, size_of
+from sharding_rules.kernels import Kernels
 from sharding_rules.mesh import MeshShape
 from sharding_rules.partition import Shares, array_spec, override, param_shares, state_specs, tree_bytes
 from sharding_rules.pin import POLICIES, Pinner
@@ -86,19 +87,20 @@ class Layout:
         """The same model assigned to another mesh or by another preset; axes are not inferred again."""
         return _assigned(self.table, self.rows, mesh_shape, preset, rules, None, self.params)
 
-    def pin(self, mesh: Mesh, remat: str = "none") -> Callable[..., Any]:
+    def pin(self, mesh: Mesh, remat: str = "none", kernels: Kernels | None = None) -> Callable[..., Any]:
         """The function with its intermediates pinned: same arguments, same results, differentiable; call it under
         `jit`.
 
         Args:
             mesh: made by `make_mesh` with this layout's shape.
             remat: "none", "dots" (matrix products are kept) or "full" (only block inputs are kept).
+            kernels: computes calls of `attention`; None: as the model says.
         """
         if remat != "none" and remat not in POLICIES:
             raise ValueError(f"remat={remat!r}; one of none, {', '.join(POLICIES)}")
         if dict(mesh.shape) != self.mesh_shape.sizes:
             raise ValueError(f"this layout is for mesh {self.mesh_shape}, not {dict(mesh.shape)}")
-        pinner = Pinner(self.table, self.assignment, mesh, remat)
+        pinner = Pinner(self.table, self.assignment, mesh, remat, kernels)
         structure = jax.tree.structure(self.traced.args)
         out = jax.tree.structure(self.traced.out)
 

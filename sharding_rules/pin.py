@@ -14,6 +14,8 @@ splits them.
 
 Weights that a loop over layers gathers are gathered again by its backward pass, whatever is rematerialised.
 
+A call of `attention` is given to a kernel, if there is one for it: its operands and how they are split go in whole.
+
 Rematerialisation is applied in the same pass: the body of a loop over layers, or for unrolled models each stretch
 between two points where a single activation is alive, is wrapped in `jax.checkpoint`.
 """
@@ -34,7 +36,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from sharding_rules.assignment import Assignment
 from sharding_rules.axes import BATCH, PARAM, AxisTable, Dim, Dims, Scope, leaves, loop_parts, shape_of, size_of
-from sharding_rules.inline import CALLS
+from sharding_rules.inline import CALLS, WrittenOut
+from sharding_rules.kernels import Kernels
 from sharding_rules.partition import array_spec, to_spec
 from sharding_rules.primitives import RULES, elementwise
 
@@ -107,11 +110,19 @@ def _offsets(sizes: Sequence[int]) -> list[int]:
 class Pinner:
     """Evaluates a traced function again with pins and rematerialisation. Call it with the flat arguments."""
 
-    def __init__(self, table: AxisTable, assignment: Assignment, mesh: Mesh, remat: str = "none"):
+    def __init__(
+        self,
+        table: AxisTable,
+        assignment: Assignment,
+        mesh: Mesh,
+        remat: str = "none",
+        kernels: Kernels | None = None,
+    ):
         self.table = table
         self.assignment = assignment
         self.mesh = mesh
         self.remat = remat
+        self.kernels = kernels
         self.active = mesh.size > 1
         self._regathered: set[int] = set()
         """Bodies of loops whose weights are gathered again by the backward pass."""
@@ -164,12 +175,27 @@ class Pinner:
         return [whole(self._read(env, var)) for var in scope.jaxpr.outvars]
 
     def _run(self, scope: Scope, env: dict[Var, Any], positions: Sequence[int]) -> None:
+        done = 0
         for position in positions:
+            if position < done:
+                continue
             eqn = scope.jaxpr.eqns[position]
+            call = self.table.attention.get(eqn.outvars[0]) if eqn.outvars else None
+            if call and call.stop <= positions[-1] + 1 and (out := self._in_kernel(scope, call, env)) is not None:
+                env[call.result], done = out, call.stop
+                continue
             values = [self._read(env, atom) for atom in eqn.invars]
             outs = self._equation(scope, position, eqn, values)
             for var, value in zip(eqn.outvars, outs, strict=True):
                 env[var] = value
+
+    def _in_kernel(self, scope: Scope, call: WrittenOut, env: dict[Var, Any]) -> Any:
+        """The result of a call of `attention`, by a kernel; None if there is none for it."""
+        if self.kernels is None or not all(isinstance(atom, Var) for atom in call.operands):
+            return None
+        operands = [whole(self._read(env, atom)) for atom in call.operands]
+        specs = [array_spec(self.assignment, scope.dims[a]).spec for a in call.operands if isinstance(a, Var)]
+        return self.kernels(call.call, self.mesh, operands, specs)
 
     def _equation(self, scope: Scope, position: int, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         name = eqn.primitive.name

@@ -1,6 +1,6 @@
 """Attention in one function, and the modules around it: grouped heads, latent attention, positions, the cache.
 
-    o_BLNV = attend(q_BLNH, k_BMKH, v_BMKV, keep=keep, scale=H**-0.5)
+    o_BLNV = attend(q_BLNH, k_BMKH, v_BMKV, config, context, layer, causal=True)
 
 Shape letters: B batch, L queries, M keys, D embed, N = K * G heads, K kv heads, G groups, H head dim, V value dim,
 R rank of the compressed keys and values, T layers.
@@ -18,8 +18,8 @@ import numpy as np
 
 from redco_like.models.config import Latent, ModelConfig, yarn_scale
 from redco_like.models.layers import Norm, dense, normal
+from sharding_rules.kernels import attention, causal_keep, distances, plain_attention
 
-MASKED = -1e30
 Cache = dict[str, jax.Array]
 
 
@@ -51,43 +51,55 @@ def attend(
     q_BLNH: jax.Array,
     k_BMKH: jax.Array,
     v_BMKV: jax.Array,
+    config: ModelConfig,
+    context: Context,
+    layer: PerLayer,
     *,
-    scale: float,
+    causal: bool,
     more: tuple[jax.Array, jax.Array] | None = None,
-    keep: jax.Array | None = None,
     bias_1NLM: jax.Array | None = None,
-    softcap: float = 0.0,
 ) -> jax.Array:
-    """Softmax of scores in float32, times values. Keys are not copied for the heads that share them.
+    """Attention of one layer: a call that a kernel can stand for, where nothing but the shapes says which scores count.
+
+    A bias, padding, a cache and a window that differs between layers are for the plain computation alone.
 
     Args:
         more: further dimensions of queries and keys, whose products are added; these keys may have fewer heads yet.
-        keep: which scores count; of shape (1 or B, 1, 1, 1 or L, M).
 
     Returns:
         (B, L, N, V), in the dtype of the values.
     """
-    B, L, N, _ = q_BLNH.shape
-    M, K = k_BMKH.shape[1:3]
-
-    def products(q_BLNH: jax.Array, k_BMKH: jax.Array) -> jax.Array:
-        heads = k_BMKH.shape[2]
-        q_BLKGH = q_BLNH.reshape(B, L, heads, N // heads, -1)
-        y_BKGLM = jnp.einsum("blkgh,bmkh->bkglm", q_BLKGH, k_BMKH, preferred_element_type=jnp.float32)
-        return y_BKGLM if heads == K else y_BKGLM.reshape(B, K, N // K, L, M)
-
-    scores_BKGLM = products(q_BLNH, k_BMKH)
-    if more is not None:
-        scores_BKGLM += products(*more)
-    scores_BKGLM *= scale
-    if softcap:
-        scores_BKGLM = softcap * jnp.tanh(scores_BKGLM / softcap)
-    if bias_1NLM is not None:
-        scores_BKGLM += bias_1NLM.reshape(1, K, N // K, L, M).astype(jnp.float32)
-    if keep is not None:
-        scores_BKGLM = jnp.where(keep, scores_BKGLM, MASKED)
-    weights_BKGLM = jax.nn.softmax(scores_BKGLM, axis=-1).astype(v_BMKV.dtype)
-    return jnp.einsum("bkglm,bmkv->blkgv", weights_BKGLM, v_BMKV).reshape(B, L, N, v_BMKV.shape[-1])
+    c = config
+    L, M = q_BLNH.shape[1], k_BMKH.shape[1]
+    window = c.window if causal and c.window and c.window < M else None
+    known = context.keep_BM is None and context.position is None and layer.window is None
+    if bias_1NLM is None and known and (not causal or L == M):
+        return attention(
+            q_BLNH,
+            k_BMKH,
+            v_BMKV,
+            causal=causal,
+            scale=c.score_scale,
+            window=window,
+            softcap=c.attention_softcap,
+            more=more,
+        )
+    keep = None
+    if causal:
+        keep = causal_keep(L, M, context.position, window if layer.window is None else layer.window)
+    if context.keep_BM is not None:
+        padding = context.keep_BM[:, None, None, None, :]
+        keep = padding if keep is None else keep & padding
+    return plain_attention(
+        q_BLNH,
+        k_BMKH,
+        v_BMKV,
+        scale=c.score_scale,
+        more=more,
+        keep=keep,
+        bias_1NLM=bias_1NLM,
+        softcap=c.attention_softcap,
+    )
 
 
 class Attention(nn.Module):
@@ -126,15 +138,8 @@ class Attention(nn.Module):
             if context.position is not None:
                 k_BMKH, v_BMKH = (load(cache, layer, name).swapaxes(1, 2) for name in ("keys", "values"))
         L, M = q_BLNH.shape[1], k_BMKH.shape[1]
-        o_BLNH = attend(
-            q_BLNH,
-            k_BMKH,
-            v_BMKH,
-            scale=c.score_scale,
-            keep=kept(c, L, M, context, layer, self.causal),
-            bias_1NLM=alibi(c.heads, L, M, context.position) if c.position == "alibi" else context.bias_1NLM,
-            softcap=c.attention_softcap,
-        )
+        bias = alibi(c.heads, L, M, context.position) if c.position == "alibi" else context.bias_1NLM
+        o_BLNH = attend(q_BLNH, k_BMKH, v_BMKH, c, context, layer, causal=self.causal, bias_1NLM=bias)
         o_BLX = o_BLNH.reshape(*o_BLNH.shape[:2], c.heads * c.head_dim)
         return dense(c.embed, "out", c.out_bias, self.dtype)(o_BLX), cache
 
@@ -177,14 +182,12 @@ class LatentAttention(nn.Module):
         if cache is None or context.position is None:
             k_BLNH = (c_BLR @ k_b).reshape(B, L, N, m.nope_dim)
             v_BLNV = (c_BLR @ v_b).reshape(B, L, N, m.value_dim)
-            keep = kept(c, L, L, context, layer, True)
-            o_BLNV = attend(q_BLNH, k_BLNH, v_BLNV, more=(q_rope, k_rope), scale=c.score_scale, keep=keep)
+            o_BLNV = attend(q_BLNH, k_BLNH, v_BLNV, c, context, layer, causal=True, more=(q_rope, k_rope))
         else:
             c_BM1R = load(cache, layer, "latent")[:, :, None]
             k_rope = load(cache, layer, "rope")[:, :, None]
             q_BLNR = jnp.einsum("blnh,rnh->blnr", q_BLNH, k_b.reshape(m.kv_rank, N, m.nope_dim))
-            keep = kept(c, L, c_BM1R.shape[1], context, layer, True)
-            o_BLNR = attend(q_BLNR, c_BM1R, c_BM1R, more=(q_rope, k_rope), scale=c.score_scale, keep=keep)
+            o_BLNR = attend(q_BLNR, c_BM1R, c_BM1R, c, context, layer, causal=True, more=(q_rope, k_rope))
             o_BLNV = jnp.einsum("blnr,rnv->blnv", o_BLNR, v_b.reshape(m.kv_rank, N, m.value_dim))
         return dense(c.embed, "out", c.out_bias, self.dtype)(o_BLNV.reshape(B, L, N * m.value_dim)), cache
 
@@ -220,29 +223,6 @@ def load(cache: Cache, layer: PerLayer, name: str) -> jax.Array:
 
 
 # Positions.
-
-
-def kept(c: ModelConfig, L: int, M: int, context: Context, layer: PerLayer, causal: bool) -> jax.Array | None:
-    """Which scores count, to be broadcast to (B, K, G, L, M); None for all."""
-    keep = None
-    if causal:
-        distance_LM = distances(L, M, context.position)
-        keep = distance_LM >= 0
-        window = layer.window if layer.window is not None else c.window if c.window and c.window < M else None
-        if window is not None:
-            keep &= distance_LM < window
-        keep = keep[None, None, None]
-    if context.keep_BM is not None:
-        padding = context.keep_BM[:, None, None, None, :]
-        keep = padding if keep is None else keep & padding
-    return keep
-
-
-def distances(L: int, M: int, position: jax.Array | None) -> jax.Array:
-    """How many tokens each key (of M) lies before each query (of L)."""
-    query = jax.lax.broadcasted_iota(jnp.int32, (L, M), 0)
-    query = query if position is None else query + position
-    return query - jax.lax.broadcasted_iota(jnp.int32, (L, M), 1)
 
 
 def alibi(heads: int, L: int, M: int, position: jax.Array | None) -> jax.Array:

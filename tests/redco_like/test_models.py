@@ -12,10 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_architectures import ALIKE, DECODERS, FAMILIES, LENGTH, make_batch, make_params, tiny
 
 from redco_like.models import architecture, build_model
-from redco_like.models.attention import alibi, attend, rope_frequencies
+from redco_like.models.attention import alibi, rope_frequencies
 from redco_like.models.layers import Mixture
 from search.workload import workload
 from sharding_rules import MeshShape, make_layout, make_mesh, path_str, trace
+from sharding_rules.kernels import plain_attention
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -228,10 +229,10 @@ def test_grouped_heads_equal_repeated_keys():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 5, n, 4)), jnp.float32) for n in (6, 2, 2))
     keep = jnp.tril(jnp.ones((5, 5), bool))[None, None, None]
-    grouped = attend(q, k, v, scale=0.5, keep=keep)
-    repeated = attend(q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), scale=0.5, keep=keep)
+    grouped = plain_attention(q, k, v, scale=0.5, keep=keep)
+    repeated = plain_attention(q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), scale=0.5, keep=keep)
     theirs = jax.nn.dot_product_attention(q, k, v, scale=0.5, is_causal=True)
-    parts = attend(q[..., :2], k[..., :2], v, more=(q[..., 2:], k[..., 2:]), scale=0.5, keep=keep)
+    parts = plain_attention(q[..., :2], k[..., :2], v, more=(q[..., 2:], k[..., 2:]), scale=0.5, keep=keep)
     for other in (repeated, theirs, parts):
         np.testing.assert_allclose(grouped, other, rtol=1e-5, atol=1e-6)
 
