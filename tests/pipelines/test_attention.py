@@ -1,6 +1,11 @@
 """Attention's kernels, interpreted on CPU devices, equal the plain computation; the plan and the platform choose."""
 
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 from collections import Counter
 
@@ -20,6 +25,7 @@ from sharding_rules import AttentionCall, MeshShape, attention, make_layout, mak
 from sharding_rules.inline import inline_calls
 from sharding_rules.kernels import causal_keep, plain_attention
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-5
 """Of values and gradients of order 1, in float32: sums in another order."""
 ALONG = P(("data", "fsdp"), "context", "tensor")
@@ -260,3 +266,23 @@ def test_what_is_computed_plainly_is_told_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernels(call, mesh, given, [P(), P(), P()]) is None
+
+
+# What the TPU compiler makes of it.
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("mesh, remat", [("data=4,tensor=2", "none"), ("data=2,context=2,tensor=2", "dots")])
+def test_compiled_step_has_the_kernels_and_no_scores(mesh, remat):
+    child = pathlib.Path(__file__).with_name("attention_child.py")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    run = subprocess.run(
+        [sys.executable, child, mesh, remat],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found == {"choices": ["splash"], "kernels": ["dkv", "dq", "fwd"], "scores": []}
