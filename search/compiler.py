@@ -51,9 +51,10 @@ STEP = "step"
 """Name of the function whose module is read; the others that a child compiles are small."""
 CACHE_VARIABLE = "REDCO_LIKE_CACHE"
 FREE_BYTES = 256 * 2**20
-"""What a compile may write to its folder: 0.5 MB for a matmul, tens of MB for an unrolled model."""
+"""Asked for where the disk is full. A small step writes 0.5 MB to its folder; large modules are some MB a copy."""
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 4000
+_LOG_BYTES = 100_000
 _PHASES = {"opening": "starting", "lowered": "compiling", "compiled": "reading"}
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
@@ -86,6 +87,8 @@ class Compiled:
         cpu_seconds: of the child.
         depth: "full" for GPUs, whatever was asked for: their compiles are short.
         out_of_memory: the compiler's whole message where the step exceeds the device's memory, else "".
+        buffers: XLA's text of where every value lies (its buffer assignment); "" where it wrote none.
+        log: the last part of what the child wrote to its standard error.
     """
 
     hlo: str
@@ -95,6 +98,8 @@ class Compiled:
     cpu_seconds: float
     depth: Depth
     out_of_memory: str = ""
+    buffers: str = ""
+    log: str = ""
 
 
 def compile_in_child(
@@ -122,7 +127,10 @@ def compile_in_child(
     toolchain(target)
     depth = "full" if target.platform == "cuda" else depth
     with _folder() as folder:
-        child = _Child(folder, module, request, target)
+        try:
+            child = _Child(folder, module, request, target)
+        except OSError as error:
+            raise _as_failure(error) from error
         try:
             return _follow(child, target, depth, limit_seconds, limit_bytes, tell)
         finally:
@@ -133,31 +141,28 @@ def compile_in_child(
 def _folder() -> Iterator[pathlib.Path]:
     try:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="redco-like-compile-"))
-    except FileNotFoundError as error:  # no folder that can be written to: tempfile's message lists those it tried
-        raise DiskFull(f"no temporary folder for the compile: {error}; set TMPDIR") from error
+    except FileNotFoundError as error:  # tempfile's message lists the folders that it tried to write to
+        raise DiskFull(f"no temporary folder for the compile: {error}; free some space, or set TMPDIR") from error
     except OSError as error:
-        raise _as_failure(error, pathlib.Path(tempfile.gettempdir())) from error
+        raise _as_failure(error) from error
     try:
         yield folder
-    except OSError as error:
-        raise _as_failure(error, folder) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _as_failure(error: OSError, folder: pathlib.Path) -> CompileFailed:
+def _as_failure(error: OSError) -> CompileFailed:
     if error.errno in _FULL_DISK:
-        return _disk_full(folder, str(error))
-    return CompileFailed(f"the compile could not be run in {folder}: {error}")
+        return _disk_full(str(error))
+    return CompileFailed(f"the compile could not be started in {tempfile.gettempdir()}: {error}")
 
 
-def _disk_full(folder: pathlib.Path, message: str) -> DiskFull:
-    where = folder if folder.exists() else folder.parent
-    free = shutil.disk_usage(where).free
+def _disk_full(message: str) -> DiskFull:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free / 2**20
     return DiskFull(
-        f"no space left for the compile in {where.parent if where == folder else where} ({free / 2**20:.0f} MiB free): "
-        f"a compile needs up to {FREE_BYTES / 2**20:.0f} MiB there; free some, or set TMPDIR to another folder "
-        f"({message})"
+        f"no space left for the compile in {folder} ({free:.0f} MiB free): have {FREE_BYTES / 2**20:.0f} MiB there, "
+        f"or set TMPDIR to another folder ({message})"
     )
 
 
@@ -171,7 +176,8 @@ class _Child:
         path.write_text(json.dumps(request), "utf-8")
         env = os.environ | environment(target)
         # The user's flags stay. Of a flag given twice, the last counts.
-        env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={self.dump} --xla_dump_hlo_as_text".strip()
+        flags = f'--xla_dump_to="{self.dump}" --xla_dump_hlo_as_text'
+        env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         self.events: dict[str, Any] = {}
         self.phase = "starting"
         self.started = time.monotonic()
@@ -233,11 +239,11 @@ class _Child:
                     self.phase = _PHASES.get(name, name)
                     self.events.update(event)
 
-    def tail(self) -> str:
-        """Return the last lines that it printed, bounded."""
+    def tail(self, size: int = _TAIL_BYTES) -> str:
+        """Return the last lines that it printed, at most so many bytes."""
         for name in ("stderr", "stdout"):
             with open(self.folder / name, "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                file.seek(max(0, file.seek(0, os.SEEK_END) - size))
                 text = file.read().decode("utf-8", "replace").strip()
             if text:
                 return text
@@ -278,7 +284,7 @@ def _follow(
     if files is None:
         text = child.tail()
         if "No space left" in text or shutil.disk_usage(child.folder).free < 2**20:
-            raise _disk_full(child.folder, "the compiler wrote no module")
+            raise _disk_full("the compiler wrote no module")
         raise CompilerError(
             f"compiling for {target} ended without a module of a function named {STEP!r}; last lines: {text}"
         )
@@ -295,9 +301,12 @@ def _failed(child: _Child, target: Target, depth: Depth) -> Compiled:
     if "RESOURCE_EXHAUSTED" in message:
         files = _dumped(child, target)
         hlo, report = (_read(path) for path in files) if files else ("", "")
-        return Compiled(hlo, report, child.events, child.seconds, child.cpu_seconds, depth, message)
+        seconds, buffers = child.seconds, _buffers(child)
+        return Compiled(
+            hlo, report, child.events, seconds, child.cpu_seconds, depth, message, buffers, child.tail(_LOG_BYTES)
+        )
     if failure.get("errno") in _FULL_DISK or (not failure and "No space left on device" in child.tail()):
-        raise _disk_full(child.folder, message or "said the child")
+        raise _disk_full(message or child.tail()[-200:])
     if code < 0:
         name = signal.Signals(-code).name
         if -code in _CRASHES:
@@ -354,7 +363,14 @@ def _result(child: _Child, target: Target, depth: Depth, files: tuple[pathlib.Pa
     child.kill()
     hlo, report = (_read(path) for path in files)
     report = report if target.platform == "tpu" else ""
-    return Compiled(hlo, report, child.events, seconds, child.cpu_seconds, depth)
+    buffers, log = _buffers(child), child.tail(_LOG_BYTES)
+    return Compiled(hlo, report, child.events, seconds, child.cpu_seconds, depth, buffers=buffers, log=log)
+
+
+def _buffers(child: _Child) -> str:
+    """Return the text of the buffer assignment of the last module of `step`."""
+    found = sorted(path for path in child.dump.glob(f"*{STEP}*buffer-assignment.txt"))
+    return _read(found[-1]) if found else ""
 
 
 def _read(path: pathlib.Path) -> str:

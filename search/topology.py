@@ -250,7 +250,7 @@ def environment(target: Target) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes out of it is not compiled, and leaves nothing to read
         "PYTHONPATH": os.pathsep.join([*path, *toolchain_path()]),
-        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
     if target.platform == "cuda":
         return env | {"CUDA_VISIBLE_DEVICES": "-1"}

@@ -1,8 +1,10 @@
 """Meshes and their names; functions as jaxprs with paths."""
 
 import collections
+import itertools
 import subprocess
 import sys
+import types
 
 import equinox as eqx
 import jax
@@ -14,6 +16,7 @@ from jax.sharding import AxisType
 
 from sharding_rules import AXES, BATCH_AXES, MeshShape, abstract, make_mesh, path_str, trace, tree_paths
 from sharding_rules.inline import inline_calls
+from sharding_rules.mesh import in_order
 
 
 def test_a_mesh_has_all_axes_slowest_first_and_automatic():
@@ -42,6 +45,33 @@ def test_order_of_axes_says_which_devices_are_neighbours():
 def test_a_mesh_of_some_devices_uses_those():
     mesh = make_mesh(MeshShape(fsdp=2), jax.devices()[3:5])
     assert [d.id for d in mesh.devices.flat] == [d.id for d in jax.devices()[3:5]]
+
+
+def device(platform, number, **where):
+    return types.SimpleNamespace(platform=platform, id=number, **where)
+
+
+def test_tpus_are_numbered_by_slice_and_coordinates_with_the_last_fastest():
+    ids = itertools.count()
+    # As the runtime lists them: x fastest, and here the second slice first.
+    listed = [
+        device("tpu", next(ids), slice_index=which, coords=[x, y, z], core_on_chip=core)
+        for which, z, y, x, core in itertools.product((1, 0), range(2), range(4), range(2), range(2))
+    ]
+    at = [(d.slice_index, *d.coords, d.core_on_chip) for d in in_order(listed)]
+    assert at == list(itertools.product(range(2), range(2), range(4), range(2), range(2)))
+
+
+def test_gpus_are_numbered_by_slice_process_and_id():
+    listed = [device("gpu", n, slice_index=n % 2, process_index=3 - n // 2, coords=[0, 0, 0]) for n in range(8)]
+    assert [d.id for d in in_order(listed)] == [6, 4, 2, 0, 7, 5, 3, 1]
+    alone = [device("gpu", n, process_index=0) for n in (2, 0, 1)]
+    assert [d.id for d in in_order(alone)] == [0, 1, 2]
+
+
+def test_cpu_devices_stay_as_they_are_given():
+    assert in_order(jax.devices()[::-1]) == jax.devices()[::-1]
+    assert in_order([]) == []
 
 
 def test_a_mesh_of_another_size_is_refused_with_both_numbers():
