@@ -81,7 +81,8 @@ class Compiled:
     """What came out of one compile.
 
     Attributes:
-        hlo: the module of `step`, partitioned, scheduled, buffers assigned; "" where the memory did not suffice.
+        hlo: the module of `step`, partitioned, scheduled, buffers assigned where the memory sufficed; "" where the
+            compiler gave up before.
         memory_report: the TPU compiler's, bytes by memory space and the largest buffers; "" for GPUs.
         said: fields of the child's events, later ones over earlier ones.
         cpu_seconds: of the child.
@@ -299,7 +300,8 @@ def _failed(child: _Child, target: Target, depth: Depth) -> Compiled:
         failure = json.loads((child.folder / compile_guard.FAILURE).read_text("utf-8"))
     message = failure.get("message", "")
     if "RESOURCE_EXHAUSTED" in message:
-        files = _dumped(child, target)
+        # Scheduled, but without places for its buffers.
+        files = _dumped(child, target, ending="_before_buffer_assignment.txt")
         hlo, report = (_read(path) for path in files) if files else ("", "")
         seconds, buffers = child.seconds, _buffers(child)
         return Compiled(
@@ -322,9 +324,10 @@ def _failed(child: _Child, target: Target, depth: Depth) -> Compiled:
     raise CompilerError(f"compiling for {target} ended with status {code}; last lines: {child.tail()}")
 
 
-def _dumped(child: _Child, target: Target) -> tuple[pathlib.Path, pathlib.Path] | None:
+def _dumped(child: _Child, target: Target, ending: str = "") -> tuple[pathlib.Path, pathlib.Path] | None:
     """Return the files of the last module of `step` and of its memory, once both are written to their end."""
-    ending = "_after_buffer_assignment.txt" if target.platform == "tpu" else "gpu_after_optimizations.txt"
+    if not ending:
+        ending = "_after_buffer_assignment.txt" if target.platform == "tpu" else "gpu_after_optimizations.txt"
     found: dict[str, pathlib.Path] = {}
     for path in sorted(child.dump.iterdir()):
         match = re.fullmatch(
