@@ -41,7 +41,7 @@ def main(mesh: str, remat: str) -> None:
         plan,
         make_mesh(shape, list(devices)),
     )
-    text = program.lower().compile().as_text()
+    text = program.lower().compile().as_text() or ""
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text)}
     lengths = {LENGTH, LENGTH // shape.context}
     assert program.attention_kernels is not None
