@@ -87,7 +87,8 @@ class Compiled:
         said: fields of the child's events, later ones over earlier ones.
         cpu_seconds: of the child.
         depth: "full" for GPUs, whatever was asked for: their compiles are short.
-        out_of_memory: the compiler's whole message where the step exceeds the device's memory, else "".
+        out_of_memory: the compiler's whole message where the step exceeds the device's memory, else "". A fast compile
+            may be ended before the compiler compares: compare the bytes of the report with the device's yourself.
         buffers: XLA's text of where every value lies (its buffer assignment); "" where it wrote none.
         log: the last part of what the child wrote to its standard error.
     """
