@@ -10,7 +10,10 @@
 - One asynchronous all-gather is spread over fusions: one starts it (`AsyncCollectiveStart`), others carry a part of it
   along with their own work, one ends it (`AsyncCollectiveDone`). It counts once (`Module.exchanges`).
 - A reduce-scatter is a fusion of an all-reduce and the slice of it that the device keeps.
-- Over three dimensions of a torus an all-gather is an all-reduce of zero-padded parts: reported as what runs.
+- With several slices the program is that of one slice; what goes between them are sends to the hosts
+  (`_xla_megascale_transfer_type`), which end at the receive of the same rendezvous.
+- Where the compiler made an all-reduce of a gather or of a reduce-scatter (three dimensions of a torus), an all-reduce
+  is reported: that is what runs.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
+
+import numpy as np
 
 from search import collectives as analytic
 from search.hlo_loops import trips
@@ -59,6 +65,14 @@ KINDS: Mapping[str, analytic.Kind] = {
     "collective-permute": "permute",
     "collective-broadcast": "permute",
 }
+SLICE_KINDS: Mapping[str, analytic.Kind] = {
+    "ALL_REDUCE": "all_reduce",
+    "REDUCE_SCATTER": "reduce_scatter",
+    "ALL_GATHER": "all_gather",
+    "ALL_TO_ALL": "all_to_all",
+    "ONE_TO_ONE": "permute",
+}
+"""Collectives between slices of TPUs: the program of one slice sends its part to the hosts, which do the rest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +202,7 @@ def parse(text: str) -> Module:
 
 def _exchanges(module: Module, computation: Computation) -> dict[str, Exchange]:
     out: dict[str, Exchange] = {}
+    sends: dict[str, str] = {}
     for op in computation.ops:
         base = op.opcode.removesuffix("-start")
         if op.opcode in KINDS:
@@ -195,7 +210,13 @@ def _exchanges(module: Module, computation: Computation) -> dict[str, Exchange]:
         elif base in KINDS:
             role = "blocking" if _is_sync(op) else "start"
             out[op.name] = Exchange(role, op.name, ((KINDS[base], op),))
-        elif op.opcode.endswith(("-done", "-update")):
+        elif op.opcode == "send" and (kind := SLICE_KINDS.get(_handler(op, "xla_megascale_transfer_type"))):
+            out[op.name] = Exchange("start", op.name, ((kind, op),))
+            sends[_handler(op, "xla_host_transfer_rendezvous")] = op.name
+        elif op.opcode == "recv-done" and (receive := computation.operand(op, 0)):
+            if start := sends.get(_handler(receive, "xla_host_transfer_rendezvous")):
+                out[op.name] = Exchange("done", start)
+        elif op.opcode.endswith(("-done", "-update")) and op.opcode != "send-done":
             started = out.get(op.operands[0]) if op.operands else None
             if started and started.role in ("start", "carry"):
                 out[op.name] = Exchange("done" if op.opcode.endswith("-done") else "carry", started.start)
@@ -204,6 +225,12 @@ def _exchanges(module: Module, computation: Computation) -> dict[str, Exchange]:
             if found:
                 out[op.name] = found
     return out
+
+
+def _handler(op: Op, key: str) -> str:
+    """What an op tells the hosts of its slice."""
+    found = re.search(rf'_{key}="([^"]*)"', op.attributes)
+    return found[1] if found else ""
 
 
 def _is_sync(op: Op) -> bool:
@@ -224,17 +251,24 @@ def _fused(module: Module, computation: Computation, op: Op, before: Mapping[str
     targets = {inner.target for inner in inside}
     if "AsyncCollectiveStart" in targets:
         return Exchange("start", op.name, kinds)
-    carried = _continued(computation, op, before)
-    if carried and (done := "AsyncCollectiveDone" in targets):
-        return Exchange("done" if done else "carry", carried)
-    return Exchange("carry", carried) if carried else Exchange("blocking", op.name, kinds)
+    if "AsyncCollectiveDone" in targets or all(
+        '"async_collective_fusion_config"' in inner.attributes for inner in found
+    ):
+        role: Role = "done" if "AsyncCollectiveDone" in targets else "carry"
+        return Exchange(role, _continued(computation, op, before))
+    return Exchange("blocking", op.name, kinds)
 
 
 def _continued(computation: Computation, op: Op, before: Mapping[str, Exchange]) -> str:
-    """The start of the collective whose state a fusion takes, through elements of tuples."""
+    """The start of the collective whose state a fusion takes, through tuples and loops; "" if it is further out."""
     for name in op.operands:
-        made = computation.by_name.get(name)
-        while made is not None and made.opcode in ("get-tuple-element", "bitcast"):
+        made, index = computation.by_name.get(name), 0
+        while made is not None and made.opcode in ("get-tuple-element", "bitcast", "while"):
+            if made.opcode == "while":
+                carry = computation.operand(made, 0)
+                made = computation.operand(carry, index) if carry and carry.opcode == "tuple" else None
+                continue
+            index = made.number("index", 0) if made.opcode == "get-tuple-element" else index
             made = computation.operand(made, 0)
         state = before.get(made.name) if made else None
         if state and state.role in ("start", "carry"):
@@ -292,11 +326,12 @@ def collective(
     """One execution of a collective op."""
     sizes = mesh.sizes if isinstance(mesh, MeshShape) else mesh
     total = math.prod(sizes.values())
-    groups = parse_groups(op.attributes, total)
+    across = op.opcode == "send"  # The same device of every slice.
+    groups = np.arange(0, total, module.devices)[None, :] if across else parse_groups(op.attributes, total)
     if groups.size and int(groups.max()) >= total:
         raise ValueError(f"{op.name} has device {int(groups.max())}, and the mesh {dict(sizes)} has {total} devices")
     devices = device_numbers(sizes, order)
-    if kind == "permute":
+    if kind == "permute" and not across:
         shape = steps_of(groups, sizes, devices)
         members = 1
     else:
@@ -329,15 +364,17 @@ def _said(computation: Computation, op: Op) -> Op:
 
 def _results(op: Op) -> tuple[Shape, ...]:
     """Shapes of a collective's results; those of a start follow its operands, and its state follows them."""
+    if op.opcode == "send":
+        return op.shapes[:1]
     shapes = tuple(shape for shape in op.shapes if shape.dims or not shape.dtype.startswith(("u32", "token")))
-    if op.opcode in ("all-gather-start", "collective-permute-start", "async-start") and len(shapes) > 1:
+    if op.opcode.endswith("-start") and op.opcode != "all-reduce-start" and len(shapes) > 1:
         return shapes[len(shapes) // 2 :]
     return shapes
 
 
 def _payload(computation: Computation, op: Op, kind: analytic.Kind, members: int) -> int:
     operands = [computation.by_name.get(name) for name in op.operands]
-    if op.opcode.startswith("ragged"):
+    if op.opcode.startswith("ragged") or op.opcode == "send":
         operands = operands[:1]
     if operands and all(operands):
         size = sum(operand.bytes for operand in operands if operand)
