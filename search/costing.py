@@ -51,7 +51,7 @@ def memory_parts(model: Model, place: Placement, columns: Columns) -> dict[str, 
     # Of the largest working set, what grows with the layers on a device: a stage has its share.
     transient = transient - stacked * (1 - 1 / p)
     kept = ~columns.flags("regather").astype(bool)
-    width, stored = (jnp.dtype(model.dtypes[name]).itemsize for name in ("compute_dtype", "param_dtype"))
+    width, stored = (jnp.dtype(model.plan_fields[name]).itemsize for name in ("compute_dtype", "param_dtype"))
     best: dict[str, Floats] = {}
     for v, variant in enumerate(columns.variants):
         here = columns.variant == v

@@ -55,6 +55,7 @@ class Plan:
         reason: one line on why this plan was taken.
         estimate, problem: what is expected of it, and what it was made for (model, cluster, sequence, batch, ...); not
             compared, and not needed to run it.
+        verified: what a compiler said of it (`redco-like verify`); not compared either.
     """
 
     mesh: MeshShape
@@ -78,6 +79,7 @@ class Plan:
     version: int = PLAN_VERSION
     estimate: Estimate | None = dataclasses.field(default=None, compare=False, repr=False)
     problem: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    verified: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         for name, choices in (("remat", Remat), ("schedule", ScheduleName), ("vocab", Vocab), ("attention", Attention)):

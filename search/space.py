@@ -80,8 +80,8 @@ class Model(Protocol):
     """Whether a row of experts exists: without one, the expert axis would be another name for data."""
     layers: int
     """Repeated layers that pipeline stages can share out; 1 if there are none."""
-    dtypes: Mapping[str, str]
-    """`param_dtype` and `compute_dtype` of plans."""
+    plan_fields: Mapping[str, str]
+    """What all its plans have in common: `param_dtype`, `compute_dtype`, `attention`."""
 
     def place(self, inner: Inner) -> Placement | str:
         """The placement, or why there is none."""
@@ -265,7 +265,7 @@ class Space:
             (),
             int(columns.microbatches[row]),
             self.model.costs.remats[int(columns.remat[row])],
-            **{**dataclasses.asdict(variant), **self.model.dtypes, **fields},
+            **{**dataclasses.asdict(variant), **self.model.plan_fields, **fields},
         )
 
     def _stages(self, devices: int) -> list[int]:

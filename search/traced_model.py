@@ -85,7 +85,8 @@ class TracedModel:
         self.works: dict[Remat, Workload] = {
             r: workload_of(step, fused_attention=fused_attention) for r, step in steps.items()
         }
-        self._memory = ActivationMemory(traced, self.layout, remats, fused_attention=fused_attention, steps=steps)
+        options: dict[str, Any] = {"fused_attention": fused_attention, "accelerator": cluster.accelerator.kind}
+        self._memory = ActivationMemory(traced, self.layout, remats, steps=steps, **options)
         self.training = training
         self.repeats = count_layers(self.layout)
         self._batch_rows = [row.name for row in self.layout.rows.rows if row.role == "batch"]
@@ -103,7 +104,11 @@ class TracedModel:
         ids = [math.prod(x.shape) for x in arrays if jnp.issubdtype(x.dtype, jnp.integer) and len(x.shape) > 1]
         self.tokens = max(ids, default=self.batch)
         self.has_experts = any(row.role == "expert" for row in self.layout.rows.rows)
-        self.dtypes: Mapping[str, str] = {"param_dtype": param_dtype, "compute_dtype": self.costs.dtype}
+        self.plan_fields: Mapping[str, str] = {
+            "param_dtype": param_dtype,
+            "compute_dtype": self.costs.dtype,
+            "attention": "fused" if fused_attention else "plain",
+        }
         self.merges = cluster.accelerator.kind != "cpu"
         """Whether products of one activation share the sum of its gradient; XLA for CPUs sums each alone."""
         self.opt_state = abstract_opt_state

@@ -2,6 +2,7 @@
 
     redco-like plan --model llama-3-70b --cluster v5p-1024 --seq-len 8192 --global-batch 1024 --out plan.json
     redco-like explain plan.json
+    redco-like verify plan.json
 
 Exit codes: 0 done; 1 nothing fits, or `diff` found a difference; 2 bad input, with one message on stderr.
 
@@ -26,12 +27,14 @@ from redco_like.cli.profile import Profile
 from redco_like.cli.report import Report
 from redco_like.cli.terminal import Terminal, UsageError
 from redco_like.cli.validate import Validate
+from redco_like.cli.verify import Verify
 
 __all__ = ["main"]
 
 COMMANDS = {
     "plan": Plan,
     "explain": Explain,
+    "verify": Verify,
     "diff": Diff,
     "report": Report,
     "validate": Validate,
@@ -39,7 +42,7 @@ COMMANDS = {
 }
 DESCRIPTION = (
     "How to run a model on a cluster: the fastest plan that fits, how fast it will be, and why. Only profile needs the "
-    "devices. What is printed is an estimate (analytic) unless it says measured.\n\n"
+    "devices. What is printed is an estimate (analytic) unless it says compiled or measured.\n\n"
     "Example: redco-like plan --model llama-3-70b --cluster v5p-1024 --seq-len 8192 --global-batch 1024\n\n"
     "Exit codes: 0 done; 1 nothing fits, or plans differ; 2 bad input."
 )

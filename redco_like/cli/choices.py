@@ -1,4 +1,4 @@
-"""What `--fix` and `--forbid` say: choices of `search.Space` and their values."""
+"""What `--fix`, `--set` and `--forbid` say: choices of `search.Space` and their values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORBIDDABLE = (*AXES, "sequence", "order", "optimizer_sharding", "offload")
 WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def fixed(texts: Sequence[str]) -> dict[str, Any]:
+def fixed(texts: Sequence[str], option: str = "--fix") -> dict[str, Any]:
     """Read pairs, also several in one text.
 
     >>> fixed(["tensor=8,remat=full", "sequence=yes"])
@@ -38,12 +38,12 @@ def fixed(texts: Sequence[str]) -> dict[str, Any]:
     for pair in _parts(texts):
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not (name and equals and value):
-            raise UsageError(f"--fix {pair}: write KEY=VALUE, such as tensor=8")
+            raise UsageError(f"{option} {pair}: write KEY=VALUE, such as tensor=8")
         if name in found:
-            raise UsageError(f"--fix {name} twice: {found[name]} and {value}")
+            raise UsageError(f"{option} {name} twice: {found[name]} and {value}")
         if name not in CHOICES:
-            raise UsageError(f"--fix {pair}: no such choice{_near(name, CHOICES)}; there are {', '.join(CHOICES)}")
-        found[name] = _value(name, value)
+            raise UsageError(f"{option} {pair}: no such choice{_near(name, CHOICES)}; there are {', '.join(CHOICES)}")
+        found[name] = _value(name, value, option)
     return found
 
 
@@ -61,24 +61,24 @@ def forbidden(texts: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _value(name: str, value: str) -> Any:
+def _value(name: str, value: str, option: str) -> Any:
     if name in SIZES:
         if not value.isdigit() or int(value) < 1:
-            raise UsageError(f"--fix {name}={value}: {name} is a whole number from 1 up, such as {name}=8")
+            raise UsageError(f"{option} {name}={value}: {name} is a whole number from 1 up, such as {name}=8")
         return int(value)
     if name in SWITCHES:
         if value.lower() not in WORDS:
-            raise UsageError(f"--fix {name}={value}: {name} is true or false")
+            raise UsageError(f"{option} {name}={value}: {name} is true or false")
         return WORDS[value.lower()]
     if name in LISTS:
         axes = tuple(value.split("+"))
         if unknown := [axis for axis in axes if axis not in AXES]:
             what = f"{unknown[0]} is no mesh axis{_near(unknown[0], AXES)}"
-            raise UsageError(f"--fix {name}={value}: {what}; write them outermost first: data+fsdp+tensor")
+            raise UsageError(f"{option} {name}={value}: {what}; write them outermost first: data+fsdp+tensor")
         return axes
     for part in value.split("+") if name == "offload" else [value]:
         if part not in NAMED[name]:
-            raise UsageError(f"--fix {name}={value}: {name} is one of {', '.join(NAMED[name])}")
+            raise UsageError(f"{option} {name}={value}: {name} is one of {', '.join(NAMED[name])}")
     return value
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from rich.markup import escape
 
 from redco_like.cli.options import Flag, Problem, SearchOptions, optional
-from redco_like.cli.terminal import Terminal, check_folder, write_text
+from redco_like.cli.terminal import Terminal, UsageError, check_folder, write_text
+from redco_like.cli.verify import CompileOptions
 
 if TYPE_CHECKING:
     from redco_like.cli.planning import Loaded
+    from search import Costed
     from search.solver import SearchResult
+    from search.verify import Verification
 
 JSON_VERSION = 1
 
@@ -27,6 +32,8 @@ class Output:
     """Write the plan as JSON: Trainer(plan="plan.json"), explain, diff and report read it."""
     report: Annotated[pathlib.Path | None, optional("FILE")] = None
     """Write a page of HTML: memory, timeline of a step, communication, Pareto front, axes."""
+    verify: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Compile the best N with the real compiler, with none of the devices; the fastest of those that fit is taken."""
     json: Flag = False
     """Print one JSON object instead of tables."""
 
@@ -41,6 +48,7 @@ class Plan:
     problem: Problem
     search: SearchOptions
     output: Output
+    compiler: CompileOptions
 
     on_host = True
 
@@ -48,7 +56,10 @@ class Plan:
         from redco_like.cli import planning
 
         self.search.check()
+        self.compiler.check()
         output = self.output
+        if output.verify < 0:
+            raise UsageError(f"--verify {output.verify}; how many of the best plans to compile, a number from 0 up")
         for path in (output.out, output.report):
             check_folder(path)
         record = {**self.problem.record(), "memory_share": self.search.memory_share}
@@ -57,7 +68,11 @@ class Plan:
             loaded = planning.load(record, tell)
             space = planning.make_space(loaded, self.search, constraints)
             tell("searching")
-            result = planning.search(loaded, space, self.search, pareto=output.json or output.report is not None)
+            options = dataclasses.replace(self.search, runners_up=max(self.search.runners_up, output.verify - 1))
+            result = planning.search(loaded, space, options, pareto=output.json or output.report is not None)
+            verified = compiled(loaded, result, output.verify, self.compiler, tell)
+            if verified:
+                result = reranked(result, verified)
             tell("what changes with the constants")
             rows = planning.sensitivities(loaded, result)
             if result.best and output.out:
@@ -68,9 +83,9 @@ class Plan:
 
                 write_report(output.report, problem=loaded.spec, model=loaded.model, result=result)
         if output.json:
-            terminal.json(_record(loaded, result, rows))
+            terminal.json(_record(loaded, result, rows, verified))
         elif result.best:
-            self._show(terminal, loaded, result, rows)
+            self._show(terminal, loaded, result, rows, verified)
         else:
             terminal.print(loaded.header(space.budget_bytes), "")
             text = result.advice[:1].upper() + result.advice[1:]
@@ -78,8 +93,11 @@ class Plan:
             terminal.print(f"[dim]{result.candidates:,} candidates, none fits; {result.seconds:.2f} s of search[/]")
         return 0 if result.best else 1
 
-    def _show(self, terminal: Terminal, loaded: Loaded, result: SearchResult, rows: list[Any]) -> None:
+    def _show(
+        self, terminal: Terminal, loaded: Loaded, result: SearchResult, rows: list[Any], verified: list[Verified]
+    ) -> None:
         from redco_like.cli.tables import pairs, plan_table, plans_that_fit, sensitivity_table
+        from redco_like.cli.verify_tables import ranking_table
 
         best, batch, width = result.best, loaded.spec.global_batch, terminal.out.width
         assert best is not None
@@ -105,6 +123,8 @@ class Plan:
             ),
             "",
         )
+        if verified:
+            terminal.print(ranking_table(verified), "")
         if rows:
             terminal.print(sensitivity_table(rows), "")
         terminal.print(pairs(loaded.words(best.plan)), "")
@@ -117,6 +137,54 @@ class Plan:
         runs = loaded.training and not result.plan.planned  # type: ignore[union-attr]
         trainer = f'    or in Python: Trainer(..., plan="{self.output.out}")' if runs else ""
         return f"next: redco-like explain {name}{trainer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """One of the best plans as the compiler sees it; `rank` is the planner's, from 1."""
+
+    rank: int
+    costed: Costed
+    found: Verification
+
+
+def compiled(
+    loaded: Loaded, result: SearchResult, count: int, options: CompileOptions, tell: Callable[[str], None]
+) -> list[Verified]:
+    """Compile the best plans, in the order of the compiler: those that fit by their seconds, then the others."""
+    from redco_like.cli.verify import compile_plan, summary
+
+    if result.best is None or not count:
+        return []
+    best = [result.best, *result.runners_up][:count]
+    out = []
+    for rank, costed in enumerate(best, 1):
+        which = f"plan {rank} of {len(best)}: "
+        found = compile_plan(loaded, costed.plan, options, lambda text, which=which: tell(which + text))
+        plan = dataclasses.replace(costed.plan, verified=summary(found))
+        out.append(Verified(rank, dataclasses.replace(costed, plan=plan), found))
+    return sorted(out, key=lambda row: (not row.found.fits, row.found.seconds or row.costed.estimate.seconds_per_step))
+
+
+def reranked(result: SearchResult, verified: list[Verified]) -> SearchResult:
+    """The search's result with what was compiled in the compiler's order; what does not fit is left out.
+
+    Where nothing that was compiled fits, there is no best plan, and the advice says so.
+    """
+    fitting = [row.costed for row in verified if row.found.fits]
+    others = result.runners_up[max(0, len(verified) - 1) :]
+    if fitting:
+        return dataclasses.replace(result, best=fitting[0], runners_up=(*fitting[1:], *others))
+    least = min(verified, key=lambda row: row.found.bytes["total"])
+    over = least.found.bytes["total"] - least.found.usable_bytes
+    changes = [f"--set {change['set']}" for change in least.found.changes[:3]]
+    advice = (
+        f"nothing fits of the {len(verified)} plans that were compiled, though the planner expected it: plan "
+        f"{least.rank} needs {over / 2**30:.1f} GiB too much"
+        + (f"; expected to fit: redco-like verify with {' or '.join(changes)}" if changes else "")
+        + "; or verify more plans, or plan with a smaller --memory-share"
+    )
+    return dataclasses.replace(result, best=None, runners_up=(), advice=advice)
 
 
 def _interval(result: SearchResult, rows: list[Any]) -> str:
@@ -134,7 +202,7 @@ def _interval(result: SearchResult, rows: list[Any]) -> str:
     return f"{text}; {listed} would win with one of them off"
 
 
-def _record(loaded: Loaded, result: SearchResult, rows: list[Any]) -> dict[str, Any]:
+def _record(loaded: Loaded, result: SearchResult, rows: list[Any], verified: list[Verified]) -> dict[str, Any]:
     """What `--json` prints; keys are only ever added."""
 
     def costed(entry: Any) -> dict[str, Any] | None:
@@ -165,4 +233,5 @@ def _record(loaded: Loaded, result: SearchResult, rows: list[Any]) -> dict[str, 
         },
         "sensitivity": [dataclasses.asdict(row) for row in rows],
         "advice": result.advice,
+        "verified": [{"rank": row.rank, **row.found.to_record()} for row in verified],
     }

@@ -55,7 +55,7 @@ class Loaded:
     def header(self, usable_bytes: float) -> Table:
         """Lines on what is planned and for what."""
         spec, cluster, chip = self.spec, self.cluster, self.cluster.accelerator
-        dtypes = self.model.dtypes
+        dtypes = self.model.plan_fields
         dtype = dtypes["compute_dtype"]
         parameters = f"{units.many(spec.parameters)} parameters in {dtypes['param_dtype']}, computed in {dtype}"
         batch = f"{units.count(spec.global_batch)} examples"

@@ -12,8 +12,8 @@ from redco_like.cli import units
 from redco_like.cli.words import ordered_axes
 
 if TYPE_CHECKING:
-    from search.planned_collectives import Collective
     from search import Estimate, Plan, Sensitivity
+    from search.planned_collectives import Collective
 
 LABEL_WIDTH, PLAN_WIDTH = 18, 13
 MEMORY_PARTS = ("params", "gradients", "optimizer", "activations", "transient")

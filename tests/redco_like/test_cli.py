@@ -82,6 +82,7 @@ KEYS = {
     "certificate",
     "sensitivity",
     "advice",
+    "verified",
 }
 PLAN = Plan(MeshShape(fsdp=8, tensor=4), "fsdp+megatron+sequence", microbatches=2, remat="dots")
 ESTIMATE = Estimate(

@@ -334,7 +334,7 @@ def test_a_pipeline_of_a_model_has_the_times_of_its_stages(problem):
     traced = problem["traced"]
     state = jax.eval_shape(optax.adam(1e-3).init, traced.arg("params"))
     model = search.TracedModel(traced, state, search.parse_cluster("6xA100"))
-    piped = Plan(MeshShape(stage=3, data=2), "data", (), 2, compute_dtype=model.dtypes["compute_dtype"])
+    piped = Plan(MeshShape(stage=3, data=2), "data", (), 2, compute_dtype=model.plan_fields["compute_dtype"])
     expected = search.estimate_plan(model, piped)
     page = Page(report_html(problem=problem, model=model, plan=piped, estimate=expected))
     simulated = search.timeline(model, piped)

@@ -29,7 +29,7 @@ class Synthetic:
 
     has_experts = False
     tokens = 1024
-    dtypes = {"param_dtype": "float32", "compute_dtype": "bfloat16"}  # noqa: RUF012
+    plan_fields = {"param_dtype": "float32", "compute_dtype": "bfloat16"}  # noqa: RUF012
 
     def __init__(self, seed, cluster, efficiency=None):
         draw = random.Random(seed)

@@ -1,0 +1,192 @@
+"""`redco-like verify`: what the real compiler says of a plan, with none of its devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shlex
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from redco_like.cli.options import Flag, SameProblem, optional
+from redco_like.cli.terminal import Terminal, UsageError, bad_input, check_folder, write_text
+
+if TYPE_CHECKING:
+    from redco_like.cli.planning import Loaded
+    from search import Plan
+    from search.verify import Verification
+
+Depth = Literal["fast", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileOptions:
+    """How the compiler is run."""
+
+    depth: Depth = "fast"
+    """fast stops when memory, collectives and schedule are known; full also makes the code, which takes minutes."""
+    compile_limit: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 1800
+    """Stop a compile that takes longer."""
+    compile_memory: Annotated[float, tyro.conf.arg(metavar="GIB")] = 16
+    """Stop a compile that takes more memory on this machine."""
+    fresh: Flag = False
+    """Compile again where the result is kept from an earlier time."""
+
+    def check(self) -> None:
+        """Raise a UsageError for what means nothing."""
+        for name in ("compile_limit", "compile_memory"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}; a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compile a plan for its cluster, with none of its devices: bytes per device, collectives, whether it fits.
+
+    Example: redco-like verify plan.json
+
+    Example: redco-like verify plan.json --set remat=full,microbatches=2 --out smaller.json
+    """
+
+    plan: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="PLAN.JSON")]
+    """A plan, as `redco-like plan --out` writes it."""
+    problem: SameProblem
+    compiler: CompileOptions
+    set: Annotated[str | None, optional("KEY=VALUE,...")] = None
+    """Change the plan first: a mesh axis, or remat, microbatches, sequence, optimizer_sharding, ..."""
+    out: Annotated[pathlib.Path | None, optional("FILE")] = None
+    """Write the plan, as it was changed, with what the compiler said."""
+    json: Flag = False
+    """Print one JSON object instead of tables."""
+
+    on_host = True
+
+    def run(self, terminal: Terminal) -> int:
+        from redco_like.cli import planning
+
+        self.compiler.check()
+        check_folder(self.out)
+        plan = planning.read_plan(self.plan)
+        record = self.problem.over(dict(plan.problem))
+        with terminal.progress("reading the plan") as tell:
+            loaded = planning.load(record, tell)
+            if self.set:
+                plan = changed_plan(plan, self.set)
+            plan = planning.estimated(loaded, plan)
+            verified = compile_plan(loaded, plan, self.compiler, tell)
+        plan = dataclasses.replace(plan, verified=summary(verified))
+        if self.out:
+            write_text(self.out, plan.to_json() + "\n")
+        if self.json:
+            terminal.json({"plan": planning.plan_record(plan), "verification": verified.to_record()})
+        else:
+            show(terminal, loaded, plan, verified, str(self.plan))
+        return 0 if verified.fits else 1
+
+
+def changed_plan(plan: Plan, text: str) -> Plan:
+    """A plan with `--set`.
+
+    Raises:
+        UsageError: no such choice, or no value of it.
+    """
+    from redco_like.cli.choices import fixed
+    from search.knobs import changed
+
+    with bad_input():
+        return changed(plan, fixed((text,), "--set"))
+
+
+def compile_plan(loaded: Loaded, plan: Plan, options: CompileOptions, tell: Callable[[str], None]) -> Verification:
+    """Compile one plan.
+
+    Raises:
+        UsageError: no toolchain, a cluster that cannot be compiled for, a limit, a failure; one line.
+    """
+    from redco_like.verify import verify
+    from search.topology import CompileFailed
+
+    try:
+        with bad_input():
+            return verify(
+                plan,
+                loaded.record,
+                loaded.cluster,
+                loaded.model,
+                depth=options.depth,
+                limit_seconds=options.compile_limit,
+                limit_bytes=options.compile_memory * 2**30,
+                fresh=options.fresh,
+                tell=tell,
+            )
+    except CompileFailed as error:
+        raise UsageError(str(error)) from error
+
+
+def summary(verified: Verification) -> dict[str, Any]:
+    """What a plan keeps of its verification."""
+    return {
+        "fits": verified.fits,
+        "bytes": dict(verified.bytes),
+        "seconds_per_step": verified.seconds,
+        "target": verified.target,
+        "depth": verified.depth,
+        "versions": dict(verified.versions),
+    }
+
+
+def show(terminal: Terminal, loaded: Loaded, plan: Plan, verified: Verification, name: str) -> None:
+    """Print everything."""
+    from redco_like.cli import units
+    from redco_like.cli.tables import pairs
+    from redco_like.cli.verify_tables import buffer_table, byte_table, slow_table, time_table, traffic_table
+
+    terminal.print(loaded.header(verified.usable_bytes), "")
+    terminal.print(pairs(loaded.words(plan)), "")
+    terminal.print(pairs([("verdict", _verdict(verified)), ("compiler", _compiler(verified))]), "")
+    terminal.print(byte_table(verified, plan), "")
+    if verified.changes:
+        _show_changes(terminal, verified, name)
+    elif not verified.fits:
+        terminal.print("No single change or pair of changes is expected to fit: more devices, or a smaller batch.", "")
+    if verified.traffic:
+        terminal.print(traffic_table(verified), "")
+    if verified.seconds is not None:
+        terminal.print(time_table(verified, plan), "")
+        if verified.planned_flops:
+            ratio = verified.flops / verified.planned_flops
+            note = "" if abs(ratio - 1) < 0.02 else ": more is computed on every device than its share" * (ratio > 1)
+            text = f"{units.many(verified.flops)} flops of products per device, {ratio:.3f} of the traced step's{note}"
+            terminal.print(pairs([("products", text)]), "")
+    for warning in verified.warnings:
+        terminal.line(f"warning: {warning}")
+    if verified.slowest:
+        terminal.print("", slow_table(verified), "")
+    if verified.buffers:
+        terminal.print(buffer_table(verified))
+
+
+def _verdict(verified: Verification) -> str:
+    from redco_like.cli import units
+
+    total, usable = verified.bytes["total"], verified.usable_bytes
+    room = f"{units.size(abs(usable - total))} {'to spare' if verified.fits else 'too much'}"
+    word = "fits" if verified.fits else "does not fit"
+    return f"{word}: {units.size(total)} per device of {units.size(usable)}, {room} (compiled)"
+
+
+def _compiler(verified: Verification) -> str:
+    from redco_like.cli import units
+
+    versions = ", ".join(f"{name} {version}" for name, version in verified.versions.items())
+    return f"{verified.target}, {verified.depth}, {units.seconds(verified.compile_seconds)}; {versions}"
+
+
+def _show_changes(terminal: Terminal, verified: Verification, name: str) -> None:
+    from redco_like.cli.verify_tables import change_table
+
+    terminal.print(change_table(verified), "")
+    command = f"redco-like verify {shlex.quote(name)} --set {verified.changes[0]['set']} --out {shlex.quote(name)}"
+    terminal.line(f"next: {command}\n")
