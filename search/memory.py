@@ -80,6 +80,7 @@ class ActivationMemory:
         remats: rematerialisations that will be asked for.
         fused_attention: scores of attention are never in memory.
         steps: analysed steps, for those that have them already.
+        accelerator: kind of device that the step is compiled for, as `search.accelerators.Accelerator.kind`.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class ActivationMemory:
         *,
         fused_attention: bool = False,
         steps: Mapping[Remat, Step] | None = None,
+        accelerator: str = "tpu",
     ):
         self._traced, self._layout, self._fused_attention = traced, layout, fused_attention
+        self._accelerator = accelerator
         self._remats = tuple(remats)
         self._steps = dict(steps or {})
         self._programs: dict[str, _Program] = {}
@@ -101,7 +104,8 @@ class ActivationMemory:
             if remat not in self._remats:
                 raise ValueError(f"remat={remat!r}; this memory was made for {', '.join(self._remats)}")
             step = self._steps.pop(remat, None) or analyse_step(self._traced, remat=remat, params=self._layout.params)
-            self._programs[remat] = _Program(step, self._layout, fused_attention=self._fused_attention)
+            options: dict[str, Any] = {"fused_attention": self._fused_attention, "accelerator": self._accelerator}
+            self._programs[remat] = _Program(step, self._layout, **options)
         return self._programs[remat]
 
     def bytes(self, place: Splits, remat: Remat, microbatches: Any = 1, fsdp: Any = 1) -> ActivationBytes:
@@ -120,12 +124,12 @@ class ActivationMemory:
 class _Program:
     """One rematerialisation: what is kept, and the bodies with what is alive in them."""
 
-    def __init__(self, step: Step, layout: Layout, *, fused_attention: bool):
+    def __init__(self, step: Step, layout: Layout, *, fused_attention: bool, accelerator: str):
         rows = layout.rows.rows
         self.arrays = Arrays([row.name for row in rows], [row.name for row in rows if row.role == "batch"])
         layers = count_layers(layout)
         scores = score_keys(step) if fused_attention else None
-        self.body = Body(self.arrays, step, step.table.scope, Where(), scores)
+        self.body = Body(self.arrays, step, step.table.scope, Where(), scores, accelerator=accelerator)
         kept = self.body.kept()
         counts = _counts(kept)
         self._kept = [k.index for k in kept]

@@ -11,7 +11,7 @@ the peak of its own body:
     live(t) = sum of bytes / ways of what is made at or before t and read at or after t
     peak    = max over t of live(t) + peak of the loop that runs at t
 
-The rules, each seen in buffers that XLA assigned (`benchmarks/memory_analytic.py`):
+The rules, each seen in buffers that XLA assigned (`benchmarks/memory_accuracy.py`):
 
 * A loop writes over its carry. Fused loops have results of their own, also where an operand is read for the last time.
 * A gradient is counted as it rests, from when it is made to the end, besides whole while it is made outside of loops.
@@ -25,7 +25,10 @@ The rules, each seen in buffers that XLA assigned (`benchmarks/memory_analytic.p
 * With microbatches, copies of weights and what the forward pass gathered outside of loops are made once and kept.
 * What rests split over tensor between products (sequence parallelism) is gathered for them: from the first product that
   reads it to the last, of the forward pass and of the backward one.
-* Lookups along the batch and products of tokens sorted by expert work on the whole batch on every device.
+* A product that is only converted to a wider dtype is written in that one. Where a label is picked, its gradient (one
+  element per row, put into zeros) is part of the loops that read it.
+* Lookups along the batch and products of tokens sorted by expert work on the whole batch on every device; the result of
+  such a product is whole until what follows has read it. XLA for GPUs multiplies every token with every expert there.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from search.attention import axes_key
 from search.fusion import INLINED, Block, Where
 from search.liveness import CHECKPOINTS, Call, Step, bytes_of, calls, dtype_of, itemsize
 from search.shares import Arrays
-from search.stored import PRODUCTS, Stored
+from search.stored import LOOPED, PRODUCTS, Stored
 from search.units import Unit, Value
 from sharding_rules.axes import Dims, Scope, loop_parts, shape_of
 
@@ -95,6 +98,7 @@ class Body:
         scores: axes of attention's scores, if these are never in memory.
         call: how the body is called, and in which body; none for the whole step.
         scale: devices of a `shard_map` around it, whose arrays are shards.
+        accelerator: kind of device that the step is compiled for.
     """
 
     def __init__(
@@ -107,8 +111,10 @@ class Body:
         *,
         call: tuple[Call, Body, Scope] | None = None,
         scale: int = 1,
+        accelerator: str = "tpu",
     ):
         self.step, self.arrays, self.scores, self.scale = step, arrays, scores, scale
+        self.accelerator = accelerator
         self.block = Block(step, where, scores)
         self.intervals: list[Interval] = []
         self.inner: list[tuple[int, list[Body]]] = []
@@ -199,7 +205,8 @@ class Body:
                     over = begin <= i < begin + carried
                     self._last[root] = max(self._last.get(root, 0), time - 1 if over else time)
             inside = dataclasses.replace(where, trips=trips)
-            body = Body(self.arrays, self.step, call.scope, inside, self.scores, call=(call, self, scope), scale=scale)
+            options: dict[str, Any] = {"call": (call, self, scope), "scale": scale, "accelerator": self.accelerator}
+            body = Body(self.arrays, self.step, call.scope, inside, self.scores, **options)
             bodies.append(body)
             for (operand, dtype), size in body.copies.items():
                 for root in self.roots(scope, call.operands[operand]):
@@ -259,9 +266,17 @@ class Body:
         results = len(jax.tree.leaves(self.step.layout.traced.out))
         gradients = {root for atom in outs[results:] for root in self.roots(scope, atom)} if whole else set()
         loops = {time for time, _ in self.inner}
+        for value in list(self._made):
+            wide = self._converted(value)
+            if wide is not None:
+                begin = self._made.pop(value)
+                self._made[wide] = begin
+                self._last[wide] = max(self._last.get(wide, begin), self._last.get(value, begin))
         for value, begin in self._made.items():
             operand = operands[value]
             if operand.bytes == 0 or (self.scores is not None and _is_score(operand.dims, self.scores)):
+                continue
+            if self._is_selection(value):
                 continue
             index = self._add(operand.bytes, operand.dims)
             self._values[index] = value
@@ -280,6 +295,44 @@ class Body:
             if value in operands and bytes_of(var):
                 index = self._add(bytes_of(var), operands[value].dims)
                 self.intervals.append(Interval(index, self._last.get(value, 0) + 1, end, VALUE, -1.0))
+
+    def _is_selection(self, value: Value) -> bool:
+        """Whether a value is one element per row put into zeros, and only read by fused loops: part of these.
+
+        So is the gradient of a loss that picks the label's logit.
+        """
+        units = self.block.units
+        index = units.producer.get(value)
+        source = units.units[index].source if index is not None else None
+        if (
+            source is None
+            or source.primitive.name != "scatter-add"
+            or self.roots(self._scopes[value[0]], source.invars[0])
+        ):
+            return False
+        numbers = source.params["dimension_numbers"]
+        single = not numbers.update_window_dims
+        return single and all(self._reader_kind(r) in LOOPED for r in units.readers.get(value, ()))
+
+    def _converted(self, value: Value) -> Value | None:
+        """What a product is written as: the wider array that is all that is made of it, where that is in memory."""
+        units = self.block.units
+        index = units.producer.get(value)
+        if index is None or units.units[index].product is None:
+            return None
+        readers = units.readers.get(value, ())
+        if len(readers) != 1 or min(readers) < 0:
+            return None
+        (reader,) = (units.units[r] for r in readers)
+        if reader.source.primitive.name != "convert_element_type":
+            return None
+        (written,) = reader.writes
+        wider = units.operands[written].bytes > units.operands[value].bytes
+        return written if wider and written in self._made else None
+
+    def _reader_kind(self, reader: int) -> str:
+        units = self.block.units
+        return units.units[units.find(reader)].kind if reader >= 0 else ""
 
     def _add_whole(self, unit: Unit) -> None:
         """Add what works on the whole batch on every device: lookups along it, and products of sorted tokens.
@@ -303,10 +356,27 @@ class Body:
         names = self.step.names(dims[operand])
         if not any(name in self.arrays.batch_rows for d in along for name in names[d]):
             return
+        # XLA for GPUs multiplies every token with every group, of which all but one are masked.
+        groups = 1
+        if unit.kind == "ragged" and self.accelerator == "gpu":
+            groups = shape_of(eqn.invars[2])[0]
+        time = self._times[value]
         for var in (*(v for v in eqn.invars if isinstance(v, Var) and v in dims), out):
-            rows = [[n for n in dim if n not in self.arrays.batch_rows] for dim in self.step.names(dims[var])]
-            index = self.arrays.add(float(bytes_of(var) * self.scale), rows)
-            self.intervals.append(Interval(index, self._times[value], self._times[value], VALUE))
+            names = self.step.names(dims[var])
+            rows = [[n for n in dim if n not in self.arrays.batch_rows] for dim in names]
+            batched = any(n in self.arrays.batch_rows for dim in names for n in dim)
+            copies = groups if batched else 1
+            index = self.arrays.add(float(bytes_of(var) * self.scale * copies), rows, batched=batched)
+            # A product is whole until what follows it has read it.
+            stop = self._read_until(value, unit.phase) if var is out and unit.kind == "ragged" else time
+            self.intervals.append(Interval(index, time, max(time, stop), VALUE))
+
+    def _read_until(self, value: Value, phase: str) -> int:
+        """When a phase reads a value for the last time."""
+        units = self.block.units
+        readers = [units.units[r] for r in units.readers.get(value, ()) if r >= 0]
+        times = [self._times.get(v, 0) for unit in readers if unit.phase == phase for v in unit.writes]
+        return max(times, default=0)
 
     def _add_gathered(self) -> None:
         """Add activations as products take them, where these need them whole."""

@@ -84,7 +84,14 @@ class Arrays:
         self.whole: dict[int, int] = {}
         """Operands of products, as gathered for them: index -> the set of the other rows of the product."""
 
-    def add(self, bytes_: float, names: Iterable[Sequence[str]], beside: Iterable[Sequence[str]] | None = None) -> int:
+    def add(
+        self,
+        bytes_: float,
+        names: Iterable[Sequence[str]],
+        beside: Iterable[Sequence[str]] | None = None,
+        *,
+        batched: bool = False,
+    ) -> int:
         """Add an array; returns its index.
 
         Args:
@@ -92,11 +99,12 @@ class Arrays:
             names: of rows, per dimension.
             beside: rows of a product that works on the array. It is then the array as gathered for that product: where
                 it is split along rows that spill, by a mesh axis that splits other rows of the product.
+            batched: it has the examples of a microbatch, though no device splits them.
         """
         rows = self._rows(names)
         self.bytes.append(bytes_)
         self.set.append(self._sets.setdefault(rows, len(self._sets)))
-        self.batched.append(bool(rows & self.batch_rows))
+        self.batched.append(batched or bool(rows & self.batch_rows))
         if beside is not None:
             self.whole[len(self.bytes) - 1] = self._sets.setdefault(self._rows(beside) - rows, len(self._sets))
         return len(self.bytes) - 1
