@@ -139,7 +139,7 @@ class Body:
                     self.block.roots[(id(scope), var)] = ()
         self.block.run(scope)
         self._walk(scope, where)
-        stored = Stored(self.block, self._checkpointed)
+        stored = Stored(self.block, self._checkpointed, accelerator)
         weights = self._use(stored)
         for unit in self.block.units.units:
             self._add_whole(unit)
@@ -372,10 +372,15 @@ class Body:
             self.intervals.append(Interval(index, time, max(time, stop), VALUE))
 
     def _read_until(self, value: Value, phase: str) -> int:
-        """When a phase reads a value for the last time."""
+        """When the pass that a phase belongs to, forward or backward, reads a value for the last time."""
         units = self.block.units
         readers = [units.units[r] for r in units.readers.get(value, ()) if r >= 0]
-        times = [self._times.get(v, 0) for unit in readers if unit.phase == phase for v in unit.writes]
+        times = [
+            self._times.get(v, 0)
+            for unit in readers
+            if (unit.phase == "forward") == (phase == "forward")
+            for v in unit.writes
+        ]
         return max(times, default=0)
 
     def _add_gathered(self) -> None:

@@ -16,7 +16,8 @@ class Stored:
 
     * A cheap elementwise operation is computed again by all that read it, if all are fused loops.
     * What the forward pass (or its recomputation) makes by elementwise operations, the backward pass of the same body
-      computes again from products and reductions, unless a `jax.checkpoint` lies between them.
+      computes again from products and reductions, unless a `jax.checkpoint` lies between them. On GPUs the
+      operands of products are in memory, and an exponential and the like is not computed twice.
 
     Attributes:
         groups: fused unit by its first equation's.
@@ -25,8 +26,10 @@ class Stored:
         again: whether it is under a `jax.checkpoint` in the backward pass.
     """
 
-    def __init__(self, block: Block, checkpointed: set[int]):
+    def __init__(self, block: Block, checkpointed: set[int], accelerator: str):
         self._all = block.units
+        self._gpu = accelerator == "gpu"
+        self._fusing = LOOPED if self._gpu else (*LOOPED, *PRODUCTS)
         self.groups: dict[int, Unit] = dict(zip(self._all.groups(), block.own, strict=True))
         self.again: dict[int, bool] = {}
         for root, unit in self.groups.items():
@@ -68,10 +71,11 @@ class Stored:
         return (
             unit.kind == "elementwise"
             and unit.source.primitive.name not in COSTLY
+            and not (self._gpu and unit.transcendentals and unit.phase == "recompute")
             and not self._all.operands[value].weight
             and unit.phase != "backward"
             and there.phase == "backward"
-            and there.kind in (*LOOPED, *PRODUCTS)
+            and there.kind in self._fusing
             and self.again[root] == self.again[reader]
         )
 
