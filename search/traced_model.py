@@ -174,6 +174,8 @@ class TracedModel:
         )
         weights = param_flows([h[1] for h in held], merges=self.merges, expert=inner.expert)
         flows = [*self._traffic.flows(place), *weights]
+        if not self.training:
+            flows = [flow for flow in flows if flow.phase == "forward"]
         boundary = self._boundary_bytes(place) if inner.stage > 1 else 0.0
         return dataclasses.replace(place, flows=tuple(flows), boundary_bytes=boundary)
 

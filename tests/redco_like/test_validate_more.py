@@ -211,11 +211,6 @@ def test_what_ran_out_of_memory_is_said_not_to_fit():
     assert published_bars(lambda r: not r.seconds)["runs out of memory that are said to fit"].met
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="17 % where 15 % is the bar: the small all-reduces of a token are waited for in full, and each is taken to "
-    "start as slowly as from PyTorch (launch_seconds)",
-)
 def test_published_latencies_are_met():
     bars = published_bars(lambda r: r.model == "GPT-20B" and r.input_len == 200)
     assert bars["FasterTransformer, mean error of latency (left out)"].met
