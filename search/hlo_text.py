@@ -58,6 +58,11 @@ class Shape:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
+LIBRARIES = ("site-packages/", "dist-packages/", "<frozen ", "search/compile_guard.py", "lib/python3")
+"""Where a line of code is not the user's."""
+EVALUATORS = ("sharding_rules/", "pipelines/", "redco_like/compile_step.py")
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """A line of the program that an op comes from."""
@@ -106,8 +111,13 @@ class Op:
 
     @property
     def source(self) -> str:
-        """`file:line`, or nothing."""
-        return str(self.frames[0]) if self.frames else ""
+        """`file:line` of the program, or nothing: the innermost line that is no library's, nor of what evaluates
+        the model again with its splits (`sharding_rules`); else the innermost that is no library's; else the innermost.
+        """
+        own = [f for f in self.frames if not any(part in f.file for part in LIBRARIES)]
+        of_model = [f for f in own if not any(part in f.file for part in EVALUATORS)]
+        chosen = next(iter(of_model or own or self.frames), None)
+        return str(chosen) if chosen else ""
 
     @property
     def bytes(self) -> int:

@@ -161,9 +161,9 @@ def show(terminal: Terminal, loaded: Loaded, plan: Plan, verified: Verification,
             text = f"{units.many(verified.flops)} flops of products per device, {ratio:.3f} of the traced step's{note}"
             terminal.print(pairs([("products", text)]), "")
     for warning in verified.warnings:
-        terminal.line(f"warning: {warning}")
+        terminal.line(f"warning: {warning}\n")
     if verified.slowest:
-        terminal.print("", slow_table(verified), "")
+        terminal.print(slow_table(verified), "")
     if verified.buffers:
         terminal.print(buffer_table(verified))
 

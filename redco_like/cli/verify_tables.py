@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from redco_like.cli.plan import Verified
     from search import Plan
     from search.verify import Verification
+
+NOISE = frozenset("while body cond closed_call checkpoint rematted_computation shard_map vmap()".split())
+"""Parts of a name that say how JAX runs an operation, not where it is from."""
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -28,7 +33,7 @@ def byte_table(verified: Verification, plan: Plan) -> Table:
     total = verified.bytes["total"]
     held = sum((plan.estimate.memory if plan.estimate else {}).get(n, 0) for n in ("params", "optimizer", "cache"))
     for kind in ("arguments", "temporaries", "results"):
-        if verified.bytes[kind]:
+        if verified.bytes[kind] > 1e-4 * total:
             planned = units.size(held, total) if kind == "arguments" and held else ""
             table.add_row(kind, units.size(verified.bytes[kind], total), planned)
     planned = f"{units.size(verified.planned_bytes, total)}  {_off(verified.planned_bytes / max(1, total))}"
@@ -82,7 +87,10 @@ def slow_table(verified: Verification) -> Table:
     table = _table(("slowest operations", "left"), ("seconds", "right"), ("times", "right"), ("from", "left"))
     for row in verified.slowest:
         table.add_row(
-            f"{row['op_name'] or row['name']}", units.seconds(row["seconds"]), units.count(row["times"]), row["source"]
+            operation(row["op_name"] or row["name"]),
+            units.seconds(row["seconds"]),
+            units.count(row["times"]),
+            place(row["source"]),
         )
     return table
 
@@ -91,7 +99,7 @@ def buffer_table(verified: Verification) -> Table:
     """The largest buffers."""
     table = _table(("largest buffers", "left"), ("bytes", "right"), ("shape", "left"), ("from", "left"))
     for row in verified.buffers:
-        table.add_row(row.op_name, units.size(row.bytes), row.shape, row.source)
+        table.add_row(operation(row.op_name), units.size(row.bytes), row.shape, place(row.source))
     return table
 
 
@@ -128,6 +136,37 @@ def change_table(verified: Verification) -> Table:
         slower = row["slower"] - 1
         table.add_row(row["set"], units.size(row["bytes"]), units.size(row["spare"]), f"{100 * slower:+.1f} %")
     return table
+
+
+def operation(name: str) -> str:
+    """An operation's name in the program, without what the transformations of JAX add to it.
+
+    >>> operation("jit(step)/transpose(jvp())/while/body/closed_call/checkpoint/layers/mlp/up/dot_general")
+    'backward: layers/mlp/up/dot_general'
+    >>> operation("state.params['layers']['up']")
+    'state.params/layers/up'
+    """
+    if name.startswith("jit("):
+        passes = "backward" if "transpose(" in name else "forward" if "jvp(" in name else ""
+        again = " again" if "rematted_computation" in name else ""
+        parts = [
+            part for part in name.split("/")[1:] if part not in NOISE and not part.startswith(("jvp(", "transpose("))
+        ]
+        return (f"{passes}{again}: " if passes else "") + "/".join(parts)
+    return (
+        re.sub(r"\\*'\]?\[\\*'", "/", name)
+        .replace("[\\'", "/")
+        .replace("['", "/")
+        .replace("\\']", "")
+        .replace("']", "")
+    )
+
+
+def place(source: str) -> str:
+    """A line of the program, from the folder of the libraries or the current one on."""
+    for folder in ("site-packages/", f"{pathlib.Path.cwd()}/"):
+        source = source.rpartition(folder)[2]
+    return source
 
 
 def _off(ratio: float) -> str:
