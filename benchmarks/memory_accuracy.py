@@ -8,7 +8,7 @@ parameters (`memory_cases`). TPU bytes are those that the compiler holds against
 default memory space once buffers are assigned, or what it says it lacks. GPU bytes are arguments, outputs and
 temporaries, less what outputs share with arguments.
 
-Bars: mean absolute error 6 %; no plan that counts as fitting (`search.space.HEADROOM`) is over the device's memory.
+Bars: mean absolute error 6 %; no plan that counts as fitting (`search.space.memory_share`) is over the device's memory.
 What was compiled is kept (`search.compiler.Cache`); --fresh compiles again.
 """
 
@@ -153,8 +153,31 @@ def _false_fit(row: dict[str, Any]) -> bool:
     return row["fits_analytic"] and not row["fits_compiled"]
 
 
+def ratios(rows: list[dict[str, Any]]) -> str:
+    """What the planner keeps of the table: compiled over analytic bytes by accelerator.
+
+    Of programs that take at least a quarter of the memory: those that may not fit are of that kind.
+    """
+    from search import parse_cluster
+
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["compiled_bytes"] >= row["usable_bytes"] / 4:
+            name = parse_cluster(row["cluster"]).accelerator.name
+            found.setdefault(name, []).append(row["compiled_bytes"] / row["analytic_bytes"])
+    lines = [
+        "# Compiled over analytic bytes per device of training steps that take a quarter of the memory or more.",
+        "# Written by benchmarks/memory_accuracy.py --write; read by search.space.memory_share.",
+    ]
+    for name, some in sorted(found.items()):
+        mean = sum(some) / len(some)
+        lines += ["", f"[{name}]", f"cases = {len(some)}", f"mean = {mean:.3f}", f"most = {max(some) + 5e-4:.3f}"]
+    return "\n".join(lines) + "\n"
+
+
 def write(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
-    """The table as CSV and the plot as SVG."""
+    """The table as CSV and the plot as SVG; and what the planner keeps of it."""
+    (ROOT / "search" / "memory_ratios.toml").write_text(ratios(rows))
     with (folder / "memory_accuracy.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()

@@ -189,6 +189,36 @@ CASES: list[Case] = [
         ("short unrolled", "data=8 data none 1", 64, 6, 512),
         ("bert-large", "data=8 data none 1", 128, 8, 512),
     ),
+    # Plans that nearly fill the device.
+    *cases_of(
+        "v5e:2x4",
+        ("scanned", "fsdp=8 fsdp none 1", 32),
+        ("scanned", "data=8 data dots 1", 72),
+        ("unrolled", "fsdp=8 fsdp full 1", 184),
+    ),
+    *cases_of(
+        "v5e:4x4",
+        ("qwen3-8b", "fsdp=16 fsdp full 1", 96, 8),
+        ("pythia-2.8b", "fsdp=8,tensor=2 fsdp+megatron dots 1", 104, 8),
+    ),
+    *cases_of(
+        "v5p:2x2x2",
+        ("llama-3-8b", "fsdp=8 fsdp dots 1", 232, 8),
+        ("gpt3-2.7b", "fsdp=8 fsdp none 1", 64, 8),
+    ),
+    *cases_of(
+        "v6e:4x4",
+        ("llama-3-8b", "fsdp=16 fsdp dots 1", 144, 8),
+        ("gemma-2b", "fsdp=16 fsdp full 1", 128, 8),
+        ("short", "data=16 data none 1", 32, 6),
+    ),
+    *cases_of(
+        "8xH100",
+        ("llama-3-8b", "fsdp=8 fsdp full 1", 296, 16),
+        ("qwen3-8b", "fsdp=8 fsdp none 1", 72),
+        ("pythia-2.8b", "data=8 data dots 1", 224, 8),
+        ("wide", "fsdp=4,tensor=2 fsdp+megatron none 1", 72),
+    ),
 ]
 
 

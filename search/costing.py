@@ -19,7 +19,8 @@ from search.memory import ActivationBytes
 from search.placement import Columns, Floats, Placement, Variant, in_flight
 from search.plan import Plan
 from search.schedules import Timeline, make_schedule, simulate
-from search.space import HEADROOM, Inner, Model
+from search.space import Inner, Model
+from search.space import memory_share as share_of
 from sharding_rules import PlanError
 
 KINDS = {
@@ -189,15 +190,19 @@ def candidate(model: Model, plan: Plan) -> tuple[Placement, Columns]:
     return place, Columns(fsdp, remat, microbatches, which, (variant,))
 
 
-def estimate_plan(model: Model, plan: Plan, *, memory_share: float = HEADROOM) -> Estimate:
+def estimate_plan(model: Model, plan: Plan, *, memory_share: float | None = None) -> Estimate:
     """Estimate any plan, also one that the step cannot run yet.
+
+    Args:
+        memory_share: of a device's usable memory that the plan may count on; default `search.space.memory_share`.
 
     Raises:
         PlanError: the plan is not legal for the model.
     """
     place, columns = candidate(model, plan)
     parts = model.costs.seconds(place, columns, saved_bytes=saved_bytes(model, place, columns))
-    usable = memory_share * model.costs.cluster.accelerator.usable_memory_bytes
+    accelerator = model.costs.cluster.accelerator
+    usable = (memory_share or share_of(accelerator)) * accelerator.usable_memory_bytes
     return estimate(model, place, columns, 0, parts, usable)
 
 

@@ -15,14 +15,18 @@ only if it is allowed.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.resources
 import itertools
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from search.accelerators import Accelerator, accelerators
 from search.cluster import Cluster
 from search.cost import CostModel
 from search.memory import ActivationBytes
@@ -32,9 +36,7 @@ from search.schedules import ScheduleName
 from sharding_rules import AXES, CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, PlanError
 
 HEADROOM = 0.92
-"""Share of a device's usable memory that a plan may count on: the analytic count is at most 5 % below what the TPU
-compiler says (`benchmarks/memory_analytic.py`), and the rest is for fragmentation.
-"""
+"""Most of a device's usable memory that a plan may count on; the rest is for fragmentation. See `memory_share`."""
 PLANNED = ("schedule", "chunks", "vocab", "regather", "offload")
 """Choices that `Variant` has and the step cannot run yet."""
 CHOICES = (*AXES, "sequence", "remat", "microbatches", "order", "optimizer_sharding", *PLANNED)
@@ -104,7 +106,7 @@ class Space:
         fix: choice -> value: a mesh axis and its size, `sequence` (bool), `remat`, `microbatches`, or a field of
             `Plan` that is planned only.
         forbid: mesh axes that stay 1, or `sequence`, `optimizer_sharding`, `offload`; `order`: only that of `AXES`.
-        memory_share: of a device's usable memory that a plan may count on.
+        memory_share: of a device's usable memory that a plan may count on; 0: as `memory_share` has it.
         allow_idle: also plans that leave devices unused.
         allow_planned: also plans that the step cannot run yet.
         max_microbatch: most examples that a device may have in one microbatch.
@@ -114,12 +116,14 @@ class Space:
     cluster: Cluster
     fix: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     forbid: Sequence[str] = ()
-    memory_share: float = HEADROOM
+    memory_share: float = 0.0
     allow_idle: bool = False
     allow_planned: bool = False
     max_microbatch: int | None = None
 
     def __post_init__(self):
+        if not self.memory_share:
+            object.__setattr__(self, "memory_share", memory_share(self.cluster.accelerator))
         for name in (*self.fix, *self.forbid):
             if name not in CHOICES:
                 raise ValueError(f"no choice called {name!r}; there are {', '.join(CHOICES)}")
@@ -286,6 +290,27 @@ class Space:
         """Sizes of fsdp, where data takes what is left."""
         sizes = self._sizes(FSDP, rest)
         return [f for f in sizes if rest // f == self.fix.get(DATA, 1 if DATA in self.forbid else rest // f)]
+
+
+def memory_share(accelerator: Accelerator) -> float:
+    """Share of a device's usable memory that a plan may count on by the analytic count.
+
+    At most `HEADROOM`, and less where a compiler needed more than was counted: by the largest ratio that was seen for
+    the accelerator (`memory_ratios.toml`, from `benchmarks/memory_accuracy.py`), or for any of its kind.
+
+    >>> from search.accelerators import find_accelerator
+    >>> memory_share(find_accelerator("H100")) == memory_share(find_accelerator("A100")) < HEADROOM
+    True
+    """
+    table = _memory_ratios()
+    alike = [r for name, r in table.items() if accelerators()[name].kind == accelerator.kind]
+    ratios = [table[accelerator.name]] if accelerator.name in table else alike
+    return min([HEADROOM, *(1 / ratio["most"] for ratio in ratios)])
+
+
+@functools.cache
+def _memory_ratios() -> Mapping[str, Mapping[str, float]]:
+    return tomllib.loads(importlib.resources.files("search").joinpath("memory_ratios.toml").read_text("utf-8"))
 
 
 def divisors(n: int) -> list[int]:

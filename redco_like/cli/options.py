@@ -89,7 +89,7 @@ class SearchOptions:
     """Only plans without this: stage, context, tensor, ..."""
     max_microbatch: Annotated[int | None, optional("N", "no limit")] = None
     """Examples per device and microbatch, at most."""
-    memory_share: Annotated[float | None, optional("SHARE", "search.space.HEADROOM, as measured")] = None
+    memory_share: Annotated[float | None, optional("SHARE", "search.space.memory_share of the accelerator")] = None
     """Of a device's usable memory that a plan may count on."""
     allow_planned: Flag = False
     """Also plans with parts that Trainer cannot run yet (pipeline stages, offload, ...); they say so."""

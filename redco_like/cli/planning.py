@@ -120,7 +120,7 @@ def load(record: Mapping[str, Any], tell: Callable[[str], None]) -> Loaded:
             task=record["task"],
         )
     tell("reading its operations")
-    attention = record.get("attention")
+    attention, fused = record.get("attention"), "fused" if spec.fused_attention else "plain"
     training = record["task"] == "train"
     remats: tuple[Remat, ...] = ("none", "dots", "full") if training else ("none",)
     model = TracedModel(
@@ -128,7 +128,7 @@ def load(record: Mapping[str, Any], tell: Callable[[str], None]) -> Loaded:
         spec.opt_state,
         cluster,
         param_dtype=record["param_dtype"] if training else record["dtype"],
-        fused_attention=spec.fused_attention if attention is None else attention == "fused",
+        fused_attention=cluster.accelerator.kind != "cpu" and (attention or fused) == "fused",
         remats=remats,
         training=training,
     )
@@ -164,7 +164,7 @@ def make_space(loaded: Loaded, options: SearchOptions, limits: Constraints) -> S
         UsageError: sizes that do not divide the devices or the batch, what cannot run and is not allowed, ...
     """
     from search import Space
-    from search.space import HEADROOM, divisors
+    from search.space import divisors
 
     batch, parts = loaded.spec.global_batch, limits.fix.get("microbatches", 1)
     if batch % parts:
@@ -178,7 +178,7 @@ def make_space(loaded: Loaded, options: SearchOptions, limits: Constraints) -> S
             forbid=limits.forbid,
             allow_planned=options.allow_planned,
             max_microbatch=options.max_microbatch,
-            memory_share=HEADROOM if options.memory_share is None else options.memory_share,
+            memory_share=options.memory_share or 0.0,
         )
 
 
