@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules import AttentionCall
+from sharding_rules.kernels import Call
 
 TILE = 128
 """Rows of queries and of keys that the kernels read at least."""
@@ -97,8 +98,10 @@ class AttentionKernels:
         self.platform, self.interpret = platform, interpret
         self.choices: dict[Parts, Choice] = {}
 
-    def __call__(self, call: AttentionCall, mesh: Mesh, operands: Sequence[Any], specs: Sequence[P]) -> Any:
+    def __call__(self, call: Call, mesh: Mesh, operands: Sequence[Any], specs: Sequence[P]) -> Any:
         """The result, (B, L, N, V), or None to have it computed plainly."""
+        if not isinstance(call, AttentionCall):
+            return None
         q_BLNH, k_BMKH, v_BMKV = _joined(*operands)
         if not q_BLNH.dtype == k_BMKH.dtype == v_BMKV.dtype:
             return _tell_once(f"queries, keys and values are {q_BLNH.dtype}, {k_BMKH.dtype} and {v_BMKV.dtype}")

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pipelines.attention import attention_kernels
+from pipelines.kernels import kernels_for
 from pipelines.problem import layout_of, local_bytes
 from search import Plan
 from sharding_rules import PlanError, TracedFunction
@@ -55,7 +55,7 @@ class CachedProgram:
     def __init__(self, traced: TracedFunction, plan: Plan, mesh: Mesh):
         self.plan, self.mesh = plan, mesh
         self.layout = layout_of(traced, plan)
-        self._pinned = self.layout.pin(mesh, kernels=attention_kernels(plan.attention, mesh))
+        self._pinned = self.layout.pin(mesh, kernels=kernels_for(plan.attention, mesh))
 
         def placed(specs: Any) -> Any:
             return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))

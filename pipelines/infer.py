@@ -16,8 +16,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pipelines.attention import attention_kernels
 from pipelines.functions import PRED_ARGUMENTS, batch_rows, call_by_name, describe_tree
+from pipelines.kernels import kernels_for
 from pipelines.problem import NAMES, cast_floats, check_rows, layout_of
 from search import Plan
 from sharding_rules import Layout, TracedFunction, path_str, trace
@@ -103,7 +103,7 @@ class PredictProgram:
         self.batch_shardings = shardings(layout.specs("batch"))
         self.param_shardings = where_they_are(params, layout.specs("params"))
         self.state_shardings = where_they_are(state, layout.specs("state"))
-        pinned = layout.pin(mesh, kernels=attention_kernels(plan.attention, mesh))
+        pinned = layout.pin(mesh, kernels=kernels_for(plan.attention, mesh))
         outputs = shardings(layout.out_specs) if jax.process_count() == 1 else NamedSharding(mesh, P())
 
         def predict(params: Any, batch: Any, rng: jax.Array, state: Any) -> Any:

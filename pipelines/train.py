@@ -28,7 +28,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pipelines.attention import attention_kernels
 from pipelines.functions import (
     LOSS_ARGUMENTS,
     argument_names,
@@ -36,6 +35,7 @@ from pipelines.functions import (
     normalise_loss,
     tree_differences,
 )
+from pipelines.kernels import kernels_for
 from pipelines.problem import (
     InitialValues,
     abstract_init,
@@ -124,7 +124,7 @@ class TrainProgram:
         plan, mesh, layout: how the step runs.
         abstract_batch: the global batch, as shapes.
         batch_shardings: where its leaves go.
-        attention_kernels: what computes the model's calls of `attention`; None: they are computed as they stand.
+        kernels: what computes the model's calls of `attention` and `experts`.
         abstract_state: the `TrainState` as shapes with shardings: what a checkpoint is restored into.
     """
 
@@ -166,8 +166,8 @@ class TrainProgram:
         self.abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_shardings
         )
-        self.attention_kernels = attention_kernels(plan.attention, mesh)
-        self._pinned = layout.pin(mesh, remat=plan.remat, kernels=self.attention_kernels)
+        self.kernels = kernels_for(plan.attention, mesh)
+        self._pinned = layout.pin(mesh, remat=plan.remat, kernels=self.kernels)
         self._eval_programs: dict[Any, tuple[Any, Any]] = {}
         takes_state = "state" in argument_names(loss_fn, LOSS_ARGUMENTS, role="loss_fn")
 
@@ -394,7 +394,7 @@ class TrainProgram:
         traced = trace_loss(self._loss_fn, self._values, abstract_batch, training=False, compute_dtype=compute_dtype)
         if batch_rows(abstract_batch) % plan.mesh.batch_shards == 0:
             layout = layout_of(traced, plan)
-            loss = layout.pin(self.mesh, kernels=self.attention_kernels)
+            loss = layout.pin(self.mesh, kernels=self.kernels)
             shardings = self._shardings(layout.specs("batch"))
         else:  # a tail: too small to be worth splitting, and every example counts
             loss = normalise_loss(self._loss_fn, training=False)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from redco_like.trainer import FitResult, Trainer
     from redco_like.watch import NonFiniteError
     from search import Plan
-    from sharding_rules import MeshShape, PlanError, attention
+    from sharding_rules import MeshShape, PlanError, attention, experts
 
 _HOMES = {
     "CheckpointError": "redco_like.checkpoint",
@@ -35,6 +35,7 @@ _HOMES = {
     "Progress": "redco_like.metrics",
     "Trainer": "redco_like.trainer",
     "attention": "sharding_rules",
+    "experts": "sharding_rules",
     "read_metrics": "redco_like.metrics",
 }
 
@@ -55,6 +56,7 @@ __all__ = [
     "Progress",
     "Trainer",
     "attention",
+    "experts",
     "read_metrics",
 ]
 

@@ -5,6 +5,7 @@ from sharding_rules.explain import format_bytes
 from sharding_rules.kernels import AttentionCall, Kernels, attention
 from sharding_rules.layout import Layout, make_layout
 from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, make_mesh
+from sharding_rules.mixture import ExpertsCall, experts
 from sharding_rules.trace import TracedFunction, abstract, path_str, trace, tree_paths
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "STAGE",
     "TENSOR",
     "AttentionCall",
+    "ExpertsCall",
     "Kernels",
     "Layout",
     "MeshShape",
@@ -24,6 +26,7 @@ __all__ = [
     "TracedFunction",
     "abstract",
     "attention",
+    "experts",
     "format_bytes",
     "make_layout",
     "make_mesh",

@@ -277,7 +277,7 @@ class AxisTable:
             results got fresh axes.
         notes: what could not be aligned, in words.
         keys: variable -> its dimensions along the keys of attention (`scores`).
-        attention: calls of `attention`, by the first variable that each one makes.
+        calls: of `attention` and `experts`, by the first variable that each one makes.
     """
 
     traced: TracedFunction
@@ -287,7 +287,7 @@ class AxisTable:
     unknown: dict[str, int]
     notes: list[str]
     keys: dict[Var, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    attention: Found = dataclasses.field(default_factory=dict)
+    calls: Found = dataclasses.field(default_factory=dict)
 
     def inputs(self, name: str) -> list[tuple[Dim, ...]]:
         """Dimensions of the leaves of one argument, in leaf order, as the axes they are made of."""

@@ -3,7 +3,7 @@
     jaxpr = inline_calls(jax.make_jaxpr(loss)(params, batch))
 
 Loops, branches and rematerialisation stay, with their bodies written out; custom gradients and kernels stay as
-they are. Calls of `attention` are written out too, and where each of them lies is told.
+they are. Calls of `attention` and `experts` are written out too, and where each of them lies is told.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from sharding_rules.kernels import AttentionCall, attention_call
+from sharding_rules.kernels import Call, kernel_call
 
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
 CONTROL_FLOW = frozenset({"scan", "while", "cond", "checkpoint", "remat", "remat2"})
@@ -25,7 +25,7 @@ Done = dict[int, tuple[Jaxpr, Jaxpr]]
 
 @dataclasses.dataclass(frozen=True)
 class WrittenOut:
-    """A call of `attention` that was written out.
+    """A call of `attention` or `experts` that was written out.
 
     Attributes:
         call: what it computes.
@@ -33,7 +33,7 @@ class WrittenOut:
         stop: position after its last equation, in the jaxpr that it is part of now.
     """
 
-    call: AttentionCall
+    call: Call
     operands: tuple[Var | Literal, ...]
     result: Var
     stop: int
@@ -48,7 +48,7 @@ def inline_calls(closed: ClosedJaxpr, found: Found | None = None) -> ClosedJaxpr
 
     Args:
         closed: the jaxpr.
-        found: filled with the calls of `attention` in it.
+        found: filled with the calls of `attention` and `experts` in it.
     """
     return ClosedJaxpr(_inlined(closed.jaxpr, {}, {} if found is None else found), closed.consts)
 
@@ -76,7 +76,7 @@ def _write_out(
             start, operands = len(eqns), read(eqn.invars)
             outs = _write_out(body, dict(zip(body.invars, operands, strict=True)), eqns, done, found, fresh=True)
             env.update(zip(eqn.outvars, outs, strict=True))
-            if (call := attention_call(eqn)) is not None and isinstance(outs[0], Var):
+            if (call := kernel_call(eqn)) is not None and isinstance(outs[0], Var):
                 found[eqns[start].outvars[0]] = WrittenOut(call, tuple(operands), outs[0], len(eqns))
             continue
         invars, outvars, params = read(eqn.invars), eqn.outvars, eqn.params

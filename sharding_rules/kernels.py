@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.sharding import Mesh, PartitionSpec
 
+from sharding_rules.mixture import ExpertsCall, experts_call
+
 MASKED = -1e30
 
 
@@ -49,8 +51,12 @@ class AttentionCall:
         return "_".join([*parts, f"scale{self.scale!r}"])
 
 
-Kernels = Callable[[AttentionCall, Mesh, Sequence[Any], Sequence[PartitionSpec]], Any]
-"""Computes one call of `attention` on a mesh, from its operands and how these are split; None: it does not."""
+Call = AttentionCall | ExpertsCall
+Kernels = Callable[[Any, Mesh, Sequence[Any], Sequence[PartitionSpec]], Any]
+"""Computes a `Call` on a mesh, from its operands and how these are split; None: it does not.
+
+Tokens of `experts` are told as they lie between blocks, and the result lies as they do.
+"""
 
 
 def attention(
@@ -170,6 +176,11 @@ def attention_call(eqn: JaxprEqn) -> AttentionCall | None:
     if any(len(shape) != 4 for shape, _ in operands):
         return None
     return call if [str(e.primitive) for e in body.jaxpr.eqns] == _inside(call, tuple(operands)) else None
+
+
+def kernel_call(eqn: JaxprEqn) -> Call | None:
+    """What a call in a jaxpr computes, if it is one of `attention` or `experts`."""
+    return attention_call(eqn) or experts_call(eqn)
 
 
 _BY_NAME: dict[str, AttentionCall] = {}

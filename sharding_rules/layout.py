@@ -94,7 +94,7 @@ class Layout:
         Args:
             mesh: made by `make_mesh` with this layout's shape.
             remat: "none", "dots" (matrix products are kept) or "full" (only block inputs are kept).
-            kernels: computes calls of `attention`; None: as the model says.
+            kernels: computes calls of `attention` and `experts`; None: as the model says.
         """
         if remat != "none" and remat not in POLICIES:
             raise ValueError(f"remat={remat!r}; one of none, {', '.join(POLICIES)}")

@@ -14,7 +14,8 @@ splits them.
 
 Weights that a loop over layers gathers are gathered again by its backward pass, whatever is rematerialised.
 
-A call of `attention` is given to a kernel, if there is one for it: its operands and how they are split go in whole.
+A call of `attention` or `experts` is given to a kernel, if there is one for it: its operands and how they are split go
+in whole.
 
 Rematerialisation is applied in the same pass: the body of a loop over layers, or for unrolled models each stretch
 between two points where a single activation is alive, is wrapped in `jax.checkpoint`.
@@ -31,6 +32,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding
 
@@ -38,6 +40,7 @@ from sharding_rules.assignment import Assignment
 from sharding_rules.axes import BATCH, PARAM, AxisTable, Dim, Dims, Scope, leaves, loop_parts, shape_of, size_of
 from sharding_rules.inline import CALLS, WrittenOut
 from sharding_rules.kernels import Kernels
+from sharding_rules.mixture import ExpertsCall
 from sharding_rules.partition import array_spec, to_spec
 from sharding_rules.primitives import RULES, elementwise
 
@@ -56,6 +59,8 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 ACTIVATION = PARAM | BATCH
+GATHERED = "gathered"
+"""Name of the weights of `experts` with their fsdp shards gathered, which no loop keeps of all layers."""
 OUTER_ROLES = frozenset({"batch", "length", "spatial"})
 
 
@@ -180,7 +185,7 @@ class Pinner:
             if position < done:
                 continue
             eqn = scope.jaxpr.eqns[position]
-            call = self.table.attention.get(eqn.outvars[0]) if eqn.outvars else None
+            call = self.table.calls.get(eqn.outvars[0]) if eqn.outvars else None
             if call and call.stop <= positions[-1] + 1 and (out := self._in_kernel(scope, call, env)) is not None:
                 env[call.result], done = out, call.stop
                 continue
@@ -190,12 +195,30 @@ class Pinner:
                 env[var] = value
 
     def _in_kernel(self, scope: Scope, call: WrittenOut, env: dict[Var, Any]) -> Any:
-        """The result of a call of `attention`, by a kernel; None if there is none for it."""
-        if self.kernels is None or not all(isinstance(atom, Var) for atom in call.operands):
+        """The result of a call of `attention` or `experts`, by a kernel; None if there is none for it."""
+        operands = [atom for atom in call.operands if isinstance(atom, Var)]
+        if self.kernels is None or len(operands) < len(call.operands):
             return None
-        operands = [whole(self._read(env, atom)) for atom in call.operands]
-        specs = [array_spec(self.assignment, scope.dims[a]).spec for a in call.operands if isinstance(a, Var)]
-        return self.kernels(call.call, self.mesh, operands, specs)
+        between = isinstance(call.call, ExpertsCall)
+        specs = [
+            array_spec(self.assignment, scope.dims[a], spill=between and bool(scope.origin[a] & BATCH)).spec
+            for a in operands
+        ]
+        weights = [between and scope.origin[a] == PARAM for a in operands]
+        kernels = self.kernels
+
+        def run(*values: Any) -> Any:
+            gathered = [
+                checkpoint_name(self.pin(x, scope.dims[a], spill=False), GATHERED) if weight else x
+                for x, a, weight in zip(values, operands, weights, strict=True)
+            ]
+            return kernels(call.call, self.mesh, gathered, specs)
+
+        values = [whole(self._read(env, atom)) for atom in operands]
+        if any(weights) and id(scope) in self._regathered:
+            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+            return jax.checkpoint(run, policy=policy, prevent_cse=False)(*values)
+        return run(*values)
 
     def _equation(self, scope: Scope, position: int, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
         name = eqn.primitive.name

@@ -137,7 +137,7 @@ def child(case: Case) -> None:
     import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-    from pipelines.attention import attention_kernels
+    from pipelines.kernels import kernels_for
     from search.cluster import parse_cluster
     from search.topology import open_devices, target_of
     from sharding_rules.mesh import AXES, MeshShape
@@ -146,7 +146,7 @@ def child(case: Case) -> None:
     sizes = MeshShape.parse(case.mesh).sizes
     mesh = Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     layout = layout_of(case)
-    loss = layout.pin(mesh, case.remat, attention_kernels("fused", mesh)) if case.pinned else model_of(case)[0]
+    loss = layout.pin(mesh, case.remat, kernels_for("fused", mesh)) if case.pinned else model_of(case)[0]
     n = case.microbatches
 
     def step(params: Any, batch: Any) -> Any:

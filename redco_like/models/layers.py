@@ -1,10 +1,11 @@
 """Parts that all architectures share: dense kernels, norms, hidden layers, the mixture of experts, the loss.
 
-Shape letters: B batch, L length, T = B * L tokens, D embed, E experts, J experts per token, F mlp, V vocab.
+Shape letters: B batch, L length, D embed, E experts, J experts per token, F mlp, V vocab.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,12 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from redco_like.models.config import Activation, Experts, ModelConfig
+from sharding_rules import experts
 
 normal = nn.initializers.normal(0.02)
 
-ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+
+def gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
@@ -80,7 +91,7 @@ class Hidden(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Experts: tokens are sorted by expert and multiplied in groups (arXiv 2211.15841); none is dropped.
+    """Experts: each token goes to some of them; none is dropped (`redco_like.experts`).
 
     Kernels of all experts are stacked: gate and up (E, D, F), down (E, F, D). Returns the output and the balance loss.
     """
@@ -93,55 +104,53 @@ class Mixture(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
         c, e = self.config, self.experts
         D = x_BLD.shape[-1]
-        x_TD = x_BLD.reshape(-1, D)
         router = self.param("router", normal, (D, e.count))
-        scores_TE = x_TD.astype(jnp.float32) @ router.astype(jnp.float32)
-        gates_TE = jax.nn.sigmoid(scores_TE) if e.router == "sigmoid" else jax.nn.softmax(scores_TE, axis=-1)
-        weights_TJ, expert_TJ = self._choose(gates_TE)
+        scores_BLE = x_BLD.astype(jnp.float32) @ router.astype(jnp.float32)
+        gates_BLE = jax.nn.sigmoid(scores_BLE) if e.router == "sigmoid" else jax.nn.softmax(scores_BLE, axis=-1)
+        weights_BLJ, expert_BLJ = self._choose(gates_BLE)
         if e.normalise:
-            weights_TJ /= weights_TJ.sum(-1, keepdims=True)
-        weights_TJ = (weights_TJ * e.scale).astype(self.dtype)
+            weights_BLJ /= weights_BLJ.sum(-1, keepdims=True)
+        weights_BLJ = (weights_BLJ * e.scale).astype(self.dtype)
 
         def kernel(name: str, rows: int, columns: int) -> jax.Array:
             return self.param(name, normal, (e.count, rows, columns)).astype(self.dtype)
 
-        expert = expert_TJ.reshape(-1)
-        order = jnp.argsort(expert)
-        counts_E = jnp.bincount(expert, length=e.count)
-        h = x_TD[order // e.per_token]
-        up = jax.lax.ragged_dot(h, kernel("up", D, e.mlp), counts_E)
-        gate = jax.lax.ragged_dot(h, kernel("gate", D, e.mlp), counts_E)
-        h = jax.lax.ragged_dot(activate(c.activation, gate) * up, kernel("down", e.mlp, D), counts_E)
-        y_TJD = jnp.zeros_like(h).at[order].set(h).reshape(-1, e.per_token, D)
-        y_BLD = jnp.einsum("tj,tjd->td", weights_TJ, y_TJD).reshape(x_BLD.shape)
+        up, gate, down = kernel("up", D, e.mlp), kernel("gate", D, e.mlp), kernel("down", e.mlp, D)
+        y_BLD = experts(x_BLD, expert_BLJ, weights_BLJ, up, down, gate, activation=ACTIVATIONS[c.activation])
         if e.shared_mlp:
             shared_BLD = Hidden(c, e.shared_mlp, self.dtype, name="shared")(x_BLD)
             if e.shared_gate:
                 shared_BLD *= jax.nn.sigmoid(dense(1, "shared_gate", False, self.dtype)(x_BLD))
             y_BLD += shared_BLD
-        share_E = counts_E.astype(jnp.float32) / expert.shape[0]
-        return y_BLD, e.count * jnp.sum(share_E * (gates_TE / gates_TE.sum(-1, keepdims=True)).mean(0))
+        return y_BLD, balance_loss(gates_BLE, expert_BLJ)
 
-    def _choose(self, gates_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _choose(self, gates_BLE: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights and numbers of each token's experts."""
         e = self.experts
-        choice_TE = gates_TE
+        choice_BLE = gates_BLE
         if e.router == "sigmoid":
             # Moved by the balance of the load in training, not by the gradient (arXiv 2408.15664).
             correction = self.param("correction", nn.initializers.zeros, (e.count,)).astype(jnp.float32)
-            choice_TE = gates_TE + jax.lax.stop_gradient(correction)[None]
+            choice_BLE = gates_BLE + jax.lax.stop_gradient(correction)[None, None]
         if e.groups > 1:
             # By index and not by a reshape, so that the experts stay one axis, which any number of devices may divide.
             members_GE = np.arange(e.count).reshape(e.groups, -1)
             best = min(2 if e.router == "sigmoid" else 1, members_GE.shape[1])
-            group_TG = jax.lax.top_k(choice_TE[:, members_GE], best)[0].sum(-1)
-            least_T1 = jax.lax.top_k(group_TG, e.top_groups)[0][:, -1:]
-            allowed_TE = (group_TG >= least_T1)[:, np.arange(e.count) // members_GE.shape[1]]
-            choice_TE = jnp.where(allowed_TE, choice_TE, 0.0)
-        weights_TJ, expert_TJ = jax.lax.top_k(choice_TE, e.per_token)
+            group_BLG = jax.lax.top_k(choice_BLE[..., members_GE], best)[0].sum(-1)
+            least_BL1 = jax.lax.top_k(group_BLG, e.top_groups)[0][..., -1:]
+            allowed_BLE = (group_BLG >= least_BL1)[..., np.arange(e.count) // members_GE.shape[1]]
+            choice_BLE = jnp.where(allowed_BLE, choice_BLE, 0.0)
+        weights_BLJ, expert_BLJ = jax.lax.top_k(choice_BLE, e.per_token)
         if e.router == "sigmoid":
-            weights_TJ = jnp.take_along_axis(gates_TE, expert_TJ, axis=-1)
-        return weights_TJ, expert_TJ
+            weights_BLJ = jnp.take_along_axis(gates_BLE, expert_BLJ, axis=-1)
+        return weights_BLJ, expert_BLJ
+
+
+def balance_loss(gates_BLE: jax.Array, expert_BLJ: jax.Array) -> jax.Array:
+    """Load balancing of the Switch transformer (arXiv 2101.03961) over all tokens; 1 where all experts get as many."""
+    E = gates_BLE.shape[-1]
+    share_E = jax.nn.one_hot(expert_BLJ, E, dtype=jnp.float32).mean((0, 1, 2))
+    return E * jnp.sum(share_E * (gates_BLE / gates_BLE.sum(-1, keepdims=True)).mean((0, 1)))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -44,9 +44,9 @@ def main(mesh: str, remat: str) -> None:
     text = program.lower().compile().as_text() or ""
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text)}
     lengths = {LENGTH, LENGTH // shape.context}
-    assert program.attention_kernels is not None
+    assert program.kernels.attention is not None
     found = {
-        "choices": [choice.kernel for choice in program.attention_kernels.choices.values()],
+        "choices": [choice.kernel for choice in program.kernels.attention.choices.values()],
         "kernels": sorted(set(re.findall(r"splash_mha_(fwd|dq|dkv)", text))),
         "scores": sorted(dims for dims in shapes if sum(size in lengths for size in dims) > 1),
     }
