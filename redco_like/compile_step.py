@@ -2,9 +2,10 @@
 
     python -m redco_like.compile_step request.json
 
-The request has the plan, the problem it is for and the cluster, as JSON. What is found out is told on stdout, one JSON
-object per line with an `event`: `lowered` (bytes of arguments and results by shape and sharding), then, where the
-compile is not ended before, `compiled` (the compiler's own memory analysis).
+The request has the plan, the problem it is for and the cluster, as JSON; the problem's model is a name, a file or the
+record of a `ModelConfig`. What is found out is told on stdout, one JSON object per line with an `event`: `lowered`
+(bytes of arguments and results by shape and sharding), then, where the compile is not ended before, `compiled` (the
+compiler's own memory analysis).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ MEMORY_FIELDS = ("argument", "output", "alias", "temp", "generated_code")
 def main(path: str) -> int:
     """Compile what a request asks for."""
     request = json.loads(pathlib.Path(path).read_text("utf-8"))
+    from redco_like.models import ModelConfig
     from redco_like.problem import load_problem
     from search import Cluster, Plan
     from search.topology import open_devices, target_of
@@ -30,7 +32,9 @@ def main(path: str) -> int:
     devices = open_devices(target_of(cluster))
     mesh = make_mesh(plan.mesh, devices, order=plan.order)
     tell("tracing")
-    problem = load_problem(request["problem"].pop("model"), **request["problem"])
+    model = request["problem"].pop("model")
+    model = ModelConfig.from_record(model) if isinstance(model, dict) else model
+    problem = load_problem(model, **request["problem"])
     assert problem.build is not None
     program = problem.build(plan, mesh)
     lowered = program.lower()

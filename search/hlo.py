@@ -32,7 +32,7 @@ from search import collectives as analytic
 from search.hlo_loops import trips
 from search.hlo_products import Product, products
 from search.hlo_text import HOST_SPACE, Computation, Frame, Op, Program, Shape, bits_of, read
-from search.replica_groups import axes_of, device_numbers, factor, parse_groups, steps_of
+from search.replica_groups import axes_of, device_numbers, factor, parse_groups, steps_of, runs_backward
 from sharding_rules import MeshShape
 
 __all__ = [
@@ -104,6 +104,8 @@ class Collective:
         op_name, source: operation and line of the program.
         shapes: of its results, as text.
         name, computation: of the op in the text.
+        across: it leaves the slice, by way of the hosts.
+        backward: of a permute, whether it goes down along its axes: the other direction of the same links.
     """
 
     kind: analytic.Kind
@@ -118,6 +120,8 @@ class Collective:
     shapes: str
     name: str
     computation: str
+    across: bool = False
+    backward: bool = False
 
     @property
     def size(self) -> int:
@@ -351,6 +355,8 @@ def collective(
         shapes=" ".join(map(str, results)),
         name=op.name,
         computation=op.computation,
+        across=across,
+        backward=kind == "permute" and not across and runs_backward(groups, sizes),
     )
 
 

@@ -164,3 +164,15 @@ def steps_of(pairs: Groups, sizes: Mapping[str, int], devices: Groups) -> tuple[
         out_sizes.append(max(2, size // shift))
         out_strides.append(neighbour * shift)
     return (tuple(out_sizes), tuple(out_strides)) if out_sizes else ((1,), (1,))
+
+
+def runs_backward(pairs: Groups, sizes: Mapping[str, int]) -> bool:
+    """Whether most of a permutation's steps go down along their axes: 0 to the last, 1 to 0, 2 to 1, ...
+
+    >>> runs_backward(np.array([[0, 3], [1, 0], [2, 1], [3, 2]]), {"tensor": 4})
+    True
+    """
+    shape = np.array(tuple(sizes.values()))[:, None]
+    places = np.stack(np.unravel_index(pairs, tuple(sizes.values())))
+    shifts = (places[:, :, 1] - places[:, :, 0]) % shape
+    return bool((shifts > shape - shifts).sum() > ((shifts > 0) & (shifts < shape - shifts)).sum())

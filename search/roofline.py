@@ -6,7 +6,8 @@
 The ops of the scheduled program run one after another, those of loops as often as they run. An op takes the longer of
 its matrix products and of its bytes to and from memory. A collective that blocks waits for what is before it and holds
 up what comes after; an asynchronous one runs from its start on and is waited for at its done. Collectives run one at a
-time, in the time that `search.collectives` gives them.
+time, in the time that `search.collectives` gives them, but for those that share no link: on a torus, permutes in
+opposite directions, and what goes between slices by way of the hosts.
 
 Copies that the compiler starts ahead (prefetches into a TPU's on-chip memory) have a stream of their own, which gets
 the memory bandwidth that ops leave over: memory is never faster than it is. Buffers on the chip cost nothing.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from search.cluster import Cluster
 from search.collectives import collective_seconds
@@ -42,7 +43,7 @@ FREE = frozenset(
 )
 FREE_CALLS = frozenset(
     "AllocateBuffer ConcatBitcast AssumeGatherIndicesInBound AsyncCollectiveStart AsyncCollectiveDone Sharding "
-    "SPMDFullToShardShape SPMDShardToFullShape X64Combine X64SplitLow X64SplitHigh".split()
+    "SPMDFullToShardShape SPMDShardToFullShape X64Combine X64SplitLow X64SplitHigh SliceId".split()
 )
 KNOWN_CALLS = frozenset(
     "GatherScatterIndicesBitpacked ragged-dot-metadata ZeroCrop SliceToDynamic PadToStatic TopK __cub$DeviceRadixSort "
@@ -82,6 +83,7 @@ class HloTime:
         compute_seconds: by kind: "product", "attention", "ragged", "memory", "copy"; "prefetch" is waiting for one.
         exposed_seconds: waiting for collectives, by mesh axes joined with "+".
         hidden_seconds: of collectives that run beside compute.
+        wire_seconds: that each wire is busy: of a torus both directions of its links and the network between slices.
         flops: of matrix products and kernels; bytes: to and from memory. Per device.
         slowest: the ops that take longest.
         collectives: in schedule order of their computations.
@@ -97,6 +99,7 @@ class HloTime:
     slowest: tuple[OpTime, ...]
     collectives: tuple[CollectiveTime, ...]
     unknown: tuple[str, ...]
+    wire_seconds: dict[str, float]
     label: str = "compiled"
 
 
@@ -114,7 +117,7 @@ def step_seconds(
         ValueError: a collective that reaches past the mesh or the cluster.
     """
     walk = _Walk(module, cluster, mesh, tuple(order))
-    seconds = walk.run(module.entry).seconds
+    whole = walk.run(module.entry)
     times = module.executions()
     compute: defaultdict[str, float] = defaultdict(float)
     exposed: defaultdict[str, float] = defaultdict(float)
@@ -136,7 +139,7 @@ def step_seconds(
             found.append(dataclasses.replace(taken, collective=dataclasses.replace(taken.collective, times=count)))
     unknown = [*walk.unknown, *(f"loop {loop.name}: iterations unknown, 1 counted" for loop in module.unknown_loops())]
     return HloTime(
-        seconds=seconds,
+        seconds=whole.seconds,
         compute_seconds=dict(compute),
         exposed_seconds=dict(exposed),
         hidden_seconds=hidden,
@@ -145,6 +148,7 @@ def step_seconds(
         slowest=tuple(sorted(slowest, key=lambda op: -op.seconds)[:SLOWEST]),
         collectives=tuple(found),
         unknown=tuple(dict.fromkeys(unknown)),
+        wire_seconds=dict(whole.wire_seconds),
     )
 
 
@@ -154,7 +158,7 @@ class _Part:
 
     seconds: float = 0.0
     memory_seconds: float = 0.0
-    wire_seconds: float = 0.0
+    wire_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     flops: int = 0
     bytes: int = 0
     ops: list[tuple[Op, str, float]] = dataclasses.field(default_factory=list)
@@ -162,10 +166,11 @@ class _Part:
 
 
 class _Clock:
-    """The streams of one computation: the time now, when the wire is free, and copies that wait for memory."""
+    """The streams of one computation: the time now, when each wire is free, and copies that wait for memory."""
 
     def __init__(self) -> None:
-        self.now = self.wire = 0.0
+        self.now = 0.0
+        self.wires: defaultdict[str, float] = defaultdict(float)
         self.copies: list[list[float | str]] = []
 
     def compute(self, seconds: float, memory: float) -> None:
@@ -179,10 +184,11 @@ class _Clock:
         self.compute(idle, 0.0)
         return idle
 
-    def send(self, seconds: float) -> float:
-        """Put a collective on the wire; the time when it is done."""
-        self.wire = max(self.now, self.wire) + seconds
-        return self.wire
+    def send(self, seconds: float, wires: Iterable[str]) -> float:
+        """Put a collective on its wires, when all of them are free; the time when it is done."""
+        ends = max(self.now, *(self.wires[wire] for wire in wires)) + seconds
+        self.wires.update(dict.fromkeys(wires, ends))
+        return ends
 
     def _copy(self, seconds: float) -> None:
         while self.copies and seconds > 0:
@@ -227,7 +233,7 @@ class _Walk:
                 if op.opcode == "fusion":
                     self._compute(part, clock, computation, op)
                 sent = [self._sent(computation, kind, inner) for kind, inner in exchange.ops]
-                ends = clock.send(sum(seconds for _, seconds in sent))
+                ends = max(clock.send(seconds, self._wires(taken)) for taken, seconds in sent)
                 sent = [(dataclasses.replace(c, asynchronous=exchange.role == "start"), seconds) for c, seconds in sent]
                 if exchange.role == "start":
                     started[op.name] = ends, sent
@@ -249,7 +255,8 @@ class _Walk:
         for ends, sent in started.values():  # Ended in a computation around this one, or not at all.
             self._waited(part, sent, clock.wait(ends) if computation is self.module.entry else 0.0)
         part.seconds = clock.now
-        part.wire_seconds += sum(taken.seconds for taken in part.collectives)
+        for taken in part.collectives:
+            self._occupy(part, dict.fromkeys(self._wires(taken.collective), taken.seconds))
         self.parts[computation.name] = part
         return part
 
@@ -259,9 +266,25 @@ class _Walk:
             inner = self.run(self.module.computations[name])
             clock.compute(inner.seconds * times, min(inner.memory_seconds, inner.seconds) * times)
             part.memory_seconds += inner.memory_seconds * times
-            if inner.wire_seconds:
-                clock.wire = max(clock.wire, clock.now - inner.seconds * times) + inner.wire_seconds * times
-                part.wire_seconds += inner.wire_seconds * times
+            for wire, seconds in inner.wire_seconds.items():
+                clock.wires[wire] = max(clock.wires[wire], clock.now - inner.seconds * times) + seconds * times
+            self._occupy(part, {wire: seconds * times for wire, seconds in inner.wire_seconds.items()})
+
+    def _occupy(self, part: _Part, seconds: Mapping[str, float]) -> None:
+        part.wire_seconds |= {wire: part.wire_seconds.get(wire, 0.0) + more for wire, more in seconds.items()}
+
+    def _wires(self, taken: Collective) -> tuple[str, ...]:
+        """The wires that a collective has to itself.
+
+        A torus link carries as much one way while it carries the other way (Wang et al. 2023, ASPLOS: the compiler
+        splits a product over a ring into two permutes in opposite directions for that). Elsewhere a device sends all
+        it sends through one port.
+        """
+        if self.cluster.torus is None:
+            return ("port",)
+        if taken.across:
+            return ("network",)
+        return (("backward" if taken.backward else "forward"),) if taken.kind == "permute" else ("forward", "backward")
 
     def _waited(self, part: _Part, sent: Sequence[tuple[Collective, float]], waited: float) -> None:
         """Note collectives that were waited for together."""

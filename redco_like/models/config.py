@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 Kind = Literal["decoder", "encoder", "vision", "encoder-decoder"]
 Block = Literal["pre", "post", "sandwich", "parallel", "parallel_one_norm"]
@@ -201,6 +202,27 @@ class ModelConfig:
                 f"{' and '.join(str(d) for d in near)}"
             )
 
+    def to_record(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> ModelConfig:
+        """Undo `to_record`; fields that are not there have their defaults.
+
+        Raises:
+            ValueError: fields that it does not know or lacks, sizes that do not fit.
+
+        >>> config = ModelConfig("gpt", "decoder", embed=64, layers=2, heads=4, mlp=256, vocab=1000)
+        >>> ModelConfig.from_record(config.to_record()) == config
+        True
+        """
+        values = dict(record)
+        for name, kind in (("experts", Experts), ("latent", Latent), ("rope_scaling", RopeScaling)):
+            if values.get(name) is not None:
+                values[name] = _read(kind, values[name], name)
+        return _read(cls, values, "the model's record")
+
     @property
     def rope_dim(self) -> int:
         """Dimensions of a head that turn with the position."""
@@ -220,6 +242,16 @@ class ModelConfig:
     def dense_layers(self) -> int:
         """Number of first layers that differ from the others; 0 where all are alike."""
         return self.experts.dense_layers if self.experts else 0
+
+
+def _read(kind: Any, record: Mapping[str, Any], what: str) -> Any:
+    """Make a dataclass of a record; JSON's lists become tuples."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    unknown, missing = sorted(set(record) - set(fields)), sorted(set(required) - set(record))
+    if unknown or missing:
+        raise ValueError(f"{what} has unknown {unknown} and lacks {missing}; it has {', '.join(sorted(fields))}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def yarn_scale(factor: float, weight: float) -> float:

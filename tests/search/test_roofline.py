@@ -81,6 +81,44 @@ def test_two_collectives_share_the_wire():
     assert time_of(lines).seconds == pytest.approx(2 * SUM)
 
 
+def permutes(*shifts, size=8):
+    lines = []
+    for i, shift in enumerate(shifts):
+        pairs = ",".join(f"{{{at},{(at + shift) % size}}}" for at in range(size))
+        state = f"({A}, {A}, u32[]{{:S(2)}}, u32[]{{:S(2)}})"
+        lines.append(f"%s{i} = {state} collective-permute-start(%a), source_target_pairs={{{pairs}}}")
+    return [*lines, *(f"%d{i} = {A} collective-permute-done(%s{i})" for i in range(len(shifts)))]
+
+
+def test_permutes_in_opposite_directions_use_different_links_of_a_torus():
+    one = time_of(permutes(1)).seconds
+    assert time_of(permutes(1, 1)).seconds == pytest.approx(2 * one)
+    assert time_of(permutes(1, -1)).seconds == pytest.approx(one)
+    summed = [*permutes(1, -1)[:2], f"%e = {A} all-reduce(%b), {GROUPS}", *permutes(1, -1)[2:]]
+    assert time_of(summed).seconds == pytest.approx(one + SUM)
+    gpu = parse_cluster("8xH100")
+    both, alone = (time_of(permutes(*shifts), cluster=gpu).seconds for shifts in ((1, -1), (1,)))
+    assert both == pytest.approx(2 * alone)
+
+
+def test_what_goes_between_slices_does_not_hold_up_the_links_inside_them():
+    slices = parse_cluster("2*v5e:2x4")
+    said = '_xla_host_transfer_rendezvous="r",_xla_megascale_transfer_type="ALL_REDUCE"'
+    attributes = f"is_host_transfer=true, frontend_attributes={{{said}}}"
+    send = [
+        "%t = token[] after-all()",
+        f"%s = ({A}, u32[]{{:S(2)}}, token[]) send(%a, %t), channel_id=2, {attributes}",
+        f"%r = ({A}, u32[]{{:S(2)}}, token[]) recv(%t), channel_id=1, {attributes}",
+    ]
+    done = f"%d = ({A}, token[]) recv-done(%r), channel_id=1"
+    inside = f"%e = {A} all-reduce(%b), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, to_apply=%add"
+    mesh = MeshShape(data=2, fsdp=8)
+    across = time_of([*send, done], cluster=slices, mesh=mesh)
+    assert set(across.wire_seconds) == {"network"}
+    both = time_of([*send, inside, done], cluster=slices, mesh=mesh)
+    assert both.seconds == pytest.approx(max(across.seconds, SUM))
+
+
 def test_buffers_on_the_chip_cost_nothing_on_tpus():
     assert time_of([f"%c = {CHIP} add(%a, %b)"]).seconds == pytest.approx(2 * READ)
     gpu = parse_cluster("8xH100")
@@ -159,9 +197,12 @@ def test_real_programs_add_up(name):
         found.flops / cluster.accelerator.flops("bfloat16"), found.bytes / cluster.accelerator.memory_bytes_per_second
     )
     assert found.seconds >= bound
-    wire = sum(c.seconds * c.collective.times for c in found.collectives)
-    assert sum(found.exposed_seconds.values()) + found.hidden_seconds >= wire * (1 - 1e-9)
-    assert found.seconds >= wire * (1 - 1e-9)
+    sent = sum(c.seconds * c.collective.times for c in found.collectives)
+    assert sum(found.exposed_seconds.values()) + found.hidden_seconds >= sent * (1 - 1e-9)
+    busy = found.wire_seconds
+    assert found.seconds >= max(busy.values()) * (1 - 1e-9)
+    assert max(busy.values()) <= sent * (1 + 1e-9)
+    assert sum(busy.values()) >= sent * (1 - 1e-9)
     assert {op.source for op in found.slowest} - {""}
 
 
