@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from search import Cluster, Plan, Space, TracedModel, solve
+from search.attention import runs_as_kernel
 from search.costing import Costed
 from sharding_rules import DATA, FSDP, TENSOR, MeshShape, PlanError, TracedFunction
 
@@ -84,9 +85,9 @@ def _search(
     if mesh is not None and mesh.size != n_devices:
         raise ValueError(f"mesh {mesh} needs {mesh.size} devices, but {n_devices} are there")
     traced, opt_state = problem()
-    # Attention is costed as it is written: what is traced is what runs.
+    fused = cluster.accelerator.kind != "cpu" and runs_as_kernel(traced)
     options: dict[str, Any] = {} if training else {"training": False, "remats": ("none",)}
-    model = TracedModel(traced, opt_state, cluster, fused_attention=False, **options)
+    model = TracedModel(traced, opt_state, cluster, fused_attention=fused, **options)
     fixed: dict[str, Any] = {} if mesh is None else dict(mesh.sizes)
     result = solve(Space(model, cluster, fix=fixed if training else fixed | {"microbatches": 1}), runners_up=1)
     if result.best is None:

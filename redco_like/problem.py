@@ -7,8 +7,8 @@
 
 A run file is Python with `get_config()`, which returns a dict or an object with `loss_fn`, `init_fn`, `optimizer`
 (optax; else the one asked for by name), and either `batch` (a tree of arrays or `ShapeDtypeStruct`, the global batch)
-or `collate_fn`, `examples` and `global_batch`. It may say `fused_attention=True` where its attention runs as one
-kernel. Nothing is allocated and no device is needed.
+or `collate_fn`, `examples` and `global_batch`. It may say `fused_attention=True` where its attention runs as a kernel
+of its own; that of `redco_like.attention` is known. Nothing is allocated and no device is needed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pipelines.train import TrainProgram, build_train_program
 from redco_like.models import ModelConfig, architecture, architectures
 from redco_like.models.hf import read_config
 from search import Plan
+from search.attention import runs_as_kernel
 from sharding_rules import TracedFunction, abstract, trace
 
 Task = Literal["train", "prefill", "decode"]
@@ -227,7 +228,8 @@ def _of_config(
         parameters=parameters,
         global_batch=rows,
         seq_len=seq_len,
-        fused_attention=True,
+        # One token's scores are small, whoever computes them.
+        fused_attention=options.task == "decode" or runs_as_kernel(traced),
         source=source,
         description=_describe(config, name, parameters),
         task=options.task,
@@ -298,7 +300,7 @@ def _of_run_file(path: Path, options: _Options) -> ModelProblem:
         parameters=parameters,
         global_batch=rows,
         seq_len=_length_of(batch),
-        fused_attention=bool(fields("fused_attention")),
+        fused_attention=bool(fields("fused_attention")) or runs_as_kernel(traced),
         source="run file",
         description=f"{name}: {_short(parameters)} parameters, from {path}",
         build=functools.partial(build_train_program, loss_fn, init_fn, optimizer, batch),

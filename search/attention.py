@@ -11,8 +11,9 @@ from typing import Any
 from jax.extend.core import Var
 
 from search.kinds import LOOPS, VIEWS
-from search.liveness import Phase, Step, calls
+from search.liveness import Phase, Step, analyse_step, calls
 from search.units import Units, Value
+from sharding_rules import AttentionCall, TracedFunction
 from sharding_rules.axes import BATCH, Dims, Scope, leaves
 
 
@@ -30,6 +31,23 @@ def score_keys(step: Step) -> frozenset[Any]:
     keys: set[Any] = set()
     _find_scores(step, step.table.scope, {}, keys)
     return frozenset(keys)
+
+
+def runs_as_kernel(traced: TracedFunction) -> bool:
+    """Whether all attention of a function is calls of `sharding_rules.attention`, which the platform's kernel may run.
+
+    Attention that is written out otherwise keeps its scores in memory.
+    """
+    step = analyse_step(traced, remat="none", grad=False)
+    called: set[Any] = set()
+    for scope in step.table.scope.walk():
+        eqns = scope.jaxpr.eqns
+        for position, eqn in enumerate(eqns):
+            found = step.table.calls.get(eqn.outvars[0]) if eqn.outvars else None
+            if found is not None and isinstance(found.call, AttentionCall):
+                inside = [e for e in eqns[position : found.stop] if e.primitive.name == "dot_general"]
+                called |= {axes_key(scope.dims[e.outvars[0]]) for e in inside}
+    return bool(called) and score_keys(step) <= called
 
 
 def _find_scores(step: Step, scope: Scope, made: dict[Var, frozenset[Any]], keys: set[Any]) -> None:
