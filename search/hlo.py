@@ -32,7 +32,7 @@ from search import collectives as analytic
 from search.hlo_loops import trips
 from search.hlo_products import Product, products
 from search.hlo_text import HOST_SPACE, Computation, Frame, Op, Program, Shape, bits_of, read
-from search.replica_groups import axes_of, device_numbers, factor, parse_groups, steps_of, runs_backward
+from search.replica_groups import axes_of, device_numbers, factor, parse_groups, runs_backward, steps_of
 from sharding_rules import MeshShape
 
 __all__ = [
