@@ -18,33 +18,38 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 from collections import Counter
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
-
-import tpu_compile  # noqa: E402
+FOLDERS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = FOLDERS
 
 BATCH, LENGTH, LAYERS = 16, 2048, 4
-TOPOLOGY, ACCELERATOR = "v5e:4x4", "v5litepod-16"
+TOPOLOGY = "v5e:4x4"
+MESH = {"fsdp": 4, "tensor": 4}
 PRESETS = {"without pins": "fsdp+megatron", "pinned": "fsdp+megatron", "pinned, sequence": "fsdp+megatron+sequence"}
 MOST_TEMP_RATIO = 0.5
 
 
-def child(variant: str) -> None:
+def child(path: str) -> None:
     """Lower and compile one variant; ended by the parent when the buffers are assigned."""
     import jax
     import zoo
-    from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from search import parse_cluster
+    from search.topology import open_devices, target_of
     from sharding_rules import MeshShape, make_layout, make_mesh, trace
+
+    variant = json.loads(pathlib.Path(path).read_text("utf-8"))["variant"]
 
     loss, params, batch = zoo.llama_pinning(BATCH, LENGTH, LAYERS)
     traced = trace(loss, params, batch, names=("params", "batch"))
-    layout = make_layout(traced, MeshShape(fsdp=4, tensor=4), PRESETS[variant])
-    mesh = make_mesh(layout.mesh_shape, topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices)
+    layout = make_layout(traced, MeshShape(**MESH), PRESETS[variant])
+    mesh = make_mesh(layout.mesh_shape, open_devices(target_of(parse_cluster(TOPOLOGY))))
     fn = loss if variant == "without pins" else layout.pin(mesh)
 
     def shardings(name: str):
@@ -60,14 +65,15 @@ def child(variant: str) -> None:
     compiled = jax.jit(
         step, in_shardings=(at_rest, shardings("batch")), out_shardings=(None, at_rest), donate_argnums=0
     )
-    print("argument_bytes", layout.bytes_per_device("params") + layout.bytes_per_device("batch"), flush=True)
+    arguments = layout.bytes_per_device("params") + layout.bytes_per_device("batch")
+    print(json.dumps({"event": "lowered", "argument_bytes": arguments}), flush=True)
     compiled.lower(params, batch).compile()
 
 
-def moves_whole_batch(collective: tpu_compile.Collective) -> bool:
+def moves_whole_batch(collective: Any) -> bool:
     """Whether a collective's result has the whole batch and more than one number per token."""
-    for shape in collective.shapes.split():
-        dims = [int(n) for n in shape.partition("[")[2].rstrip("]").split(",") if n]
+    for found in re.findall(r"\[([\d,]*)\]", collective.shapes):
+        dims = [int(n) for n in found.split(",") if n]
         tokens = (BATCH in dims and LENGTH in dims) or BATCH * LENGTH in dims
         if tokens and math.prod(dims) > BATCH * LENGTH:
             return True
@@ -78,7 +84,7 @@ def draw(results: dict[str, dict[str, float]]) -> str:
     """Two groups of bars as a self-contained SVG."""
     panels = {
         "temp_mb": "temporaries, MB per device",
-        "collective_result_mb_per_step": "results of collectives, MB per step",
+        "collective_mb_per_step": "payload of collectives, MB per step",
     }
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="170" font-family="sans-serif" font-size="13">',
@@ -97,25 +103,33 @@ def draw(results: dict[str, dict[str, float]]) -> str:
 
 
 def main(svg: str | None) -> int:
+    from search import hlo, parse_cluster
+    from search.compiler import compile_in_child
+    from search.topology import target_of
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
     results = {}
     for variant in PRESETS:
-        report = tpu_compile.run_child(
-            __file__, ["--variant", variant], accelerator_type=ACCELERATOR, limit_seconds=300
+        compiled = compile_in_child(
+            "pinning", {"variant": variant}, target_of(parse_cluster(TOPOLOGY)), limit_seconds=300
         )
-        moved = sum(c.result_bytes * (LAYERS if c.in_loop else 1) for c in report.collectives)
-        whole = [c for c in report.collectives if moves_whole_batch(c)]
+        total = re.search(r"^Memory Space: default.*\nTotal bytes:\s*(\d+)", compiled.memory_report, re.MULTILINE)
+        if total is None:
+            raise RuntimeError(f"the memory report has no total: {compiled.memory_report[:500]}")
+        collectives = hlo.collectives(hlo.parse(compiled.hlo), MESH)
+        whole = [c for c in collectives if moves_whole_batch(c)]
+        arguments = compiled.said["argument_bytes"]
         results[variant] = {
-            "temp_mb": round((report.total_bytes - report.argument_bytes) / 1e6),
-            "argument_mb": round(report.argument_bytes / 1e6),
-            "collective_result_mb_per_step": round(moved / 1e6),
+            "temp_mb": round((int(total[1]) - arguments) / 1e6),
+            "argument_mb": round(arguments / 1e6),
+            "collective_mb_per_step": round(sum(c.bytes * c.times for c in collectives) / 1e6),
             "whole_batch_collectives": len(whole),
-            "compile_seconds": round(report.seconds, 1),
+            "compile_seconds": round(compiled.seconds, 1),
         }
-        print(f"\n{variant}: temporaries {results[variant]['temp_mb']:,} MB, collectives (in a loop: once per layer):")
-        kinds = Counter((c.in_loop, c.kind, c.shapes, c.result_bytes) for c in report.collectives)
-        for (in_loop, kind, shapes, size), count in sorted(kinds.items(), key=lambda item: -item[0][3])[:12]:
-            where = "loop" if in_loop else "once"
-            print(f"  {where}  {count} x {kind:18} {shapes[:70]:70} {size / 1e6:8.1f} MB")
+        print(f"\n{variant}: temporaries {results[variant]['temp_mb']:,} MB, collectives (executions per step):")
+        kinds = Counter((c.times, c.kind, c.shapes, c.bytes) for c in collectives)
+        for (times, kind, shapes, size), count in sorted(kinds.items(), key=lambda item: -item[0][3])[:12]:
+            print(f"  {times:2} x  {count} x {kind:18} {shapes[:70]:70} {size / 1e6:8.1f} MB")
     if svg is not None:
         pathlib.Path(svg).write_text(draw(results))
     ratio = results["pinned"]["temp_mb"] / results["without pins"]["temp_mb"]
@@ -139,11 +153,9 @@ def main(svg: str | None) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        child(sys.argv[1])
+        sys.exit()
     parser = argparse.ArgumentParser()
-    parser.add_argument("--variant", choices=PRESETS)
     parser.add_argument("--svg", metavar="FILE", help="also draw the figures")
-    arguments = parser.parse_args()
-    if os.environ.get(tpu_compile.CHILD):
-        child(arguments.variant)
-    else:
-        sys.exit(main(arguments.svg))
+    sys.exit(main(parser.parse_args().svg))
