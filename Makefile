@@ -33,7 +33,7 @@ test-slow: $(STAMP)
 
 test-aot: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,tpu-aot]'
-	$(VENV)/bin/python -m pytest -m aot
+	$(VENV)/bin/python -m pytest -m "aot and not slow"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

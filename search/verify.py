@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ UNPLANNED_BYTES = 2**20
 SHOWN = 8
 """Rows of lists that could be long."""
 GIB = 2**30
+NOISE = frozenset("while body cond closed_call checkpoint rematted_computation shard_map vmap()".split())
+"""Parts of a name that say how JAX runs an operation, not where it is from."""
+WRAPPERS = ("jvp(", "transpose(", "jit(", "vmap(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +216,8 @@ def memory_bytes(compiled: Compiled) -> dict[str, int]:
     """Bytes per device by kind: the compiler's own analysis, or its memory report and what the child said."""
     said = compiled.said
     if compiled.out_of_memory:
-        return {**dict.fromkeys(BYTES, 0), **said["bytes"], "total": _needed(compiled.out_of_memory)}
+        sizes = {**dict.fromkeys(BYTES, 0), **said["bytes"], "total": _needed(compiled.out_of_memory)}
+        return sizes | {"temporaries": max(0, sizes["total"] - sizes["arguments"] - sizes["results"])}
     analysis = said.get("memory")
     if analysis:
         total = analysis["argument"] + analysis["output"] - analysis["alias"] + analysis["temp"]
@@ -288,10 +293,15 @@ def unplanned(rows: Sequence[Traffic], found: Sequence[hlo.Collective]) -> list[
         if row.sent - row.planned <= max(UNPLANNED_SHARE * total, UNPLANNED_BYTES):
             continue
         over = "+".join(row.axes)
-        here = sorted(
-            (c for c in found if c.axes == row.axes), key=lambda c: -c.times * sent_bytes(c.kind, c.bytes, c.size)
-        )
-        lines = [f"{c.times} x {c.kind.replace('_', '-')} of {c.shapes} in {c.op_name} ({c.source})" for c in here[:3]]
+        alike: Counter[str] = Counter()  # bytes
+        times: Counter[str] = Counter()
+        for c in found:
+            if c.axes == row.axes:
+                source = f" ({c.source})" if c.source else ""
+                text = f"{c.kind.replace('_', '-')} of {c.shapes} in {operation(c.op_name)}{source}"
+                alike[text] += c.times * sent_bytes(c.kind, c.bytes, c.size)
+                times[text] += c.times
+        lines = [f"{times[text]} x {text}" for text, _ in alike.most_common(3)]
         out.append(
             f"over {over} a device sends {row.sent / GIB:.2f} GiB, planned {row.planned / GIB:.2f}; most of it: "
             + "; ".join(lines)
@@ -311,6 +321,24 @@ def partitioner_warnings(log: str) -> list[str]:
         what = " ".join(match[1] for match in (shape, name) if match)
         out[f"gathered whole on every device and split again: {what}{where}"] = None
     return list(out)
+
+
+def operation(name: str) -> str:
+    """An operation's name in the program, without what the transformations of JAX add to it.
+
+    >>> operation("jit(step)/transpose(jvp())/while/body/closed_call/checkpoint/layers/mlp/up/dot_general")
+    'backward: layers/mlp/up/dot_general'
+    >>> operation("state.params['layers']['up']")
+    'state.params/layers/up'
+    """
+    if name.startswith("jit("):
+        passes = "backward" if "transpose(" in name else "forward" if "jvp(" in name else ""
+        again = " again" if "rematted_computation" in name else ""
+        parts = [part for part in name.split("/")[1:] if part not in NOISE and not part.startswith(WRAPPERS)]
+        parts = [part for part, before in zip(parts, ["", *parts], strict=False) if part != before]
+        return (f"{passes}{again}: " if passes else "") + "/".join(parts)
+    # A parameter's path, as Python would write it.
+    return re.sub(r"\\?'\]?\[\\?'|\[\\?'", "/", name).replace("\\']", "").replace("']", "")
 
 
 def largest_buffers(assignment: str, module: hlo.Module) -> tuple[Buffer, ...]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from search.verify import Verification
 
 Depth = Literal["fast", "full"]
+MORE_FLOPS = 1.02
+"""Over those of the traced step: what is told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,21 @@ class Verify:
         if self.json:
             terminal.json({"plan": planning.plan_record(plan), "verification": verified.to_record()})
         else:
-            show(terminal, loaded, plan, verified, str(self.plan))
+            show(terminal, loaded, plan, verified, self._again)
         return 0 if verified.fits else 1
+
+    def _again(self, settings: str) -> str:
+        """The command that makes one more change of the same plan."""
+        base, first = (self.out, None) if self.out else (self.plan, self.set)
+        target = self.out or self.plan
+        both = ",".join(part for part in (_without(first, settings), settings) if part)
+        return f"redco-like verify {shlex.quote(str(base))} --set {both} --out {shlex.quote(str(target))}"
+
+
+def _without(first: str | None, second: str) -> str:
+    """Pairs of `--set` that a second one does not replace."""
+    names = {pair.partition("=")[0] for pair in second.split(",")}
+    return ",".join(pair for pair in (first or "").split(",") if pair and pair.partition("=")[0].strip() not in names)
 
 
 def changed_plan(plan: Plan, text: str) -> Plan:
@@ -137,18 +152,26 @@ def summary(verified: Verification) -> dict[str, Any]:
     }
 
 
-def show(terminal: Terminal, loaded: Loaded, plan: Plan, verified: Verification, name: str) -> None:
-    """Print everything."""
+def show(terminal: Terminal, loaded: Loaded, plan: Plan, verified: Verification, again: Callable[[str], str]) -> None:
+    """Print everything; `again` makes the command of one more change."""
     from redco_like.cli import units
     from redco_like.cli.tables import pairs
-    from redco_like.cli.verify_tables import buffer_table, byte_table, slow_table, time_table, traffic_table
+    from redco_like.cli.verify_tables import (
+        buffer_table,
+        byte_table,
+        change_table,
+        slow_table,
+        time_table,
+        traffic_table,
+    )
 
     terminal.print(loaded.header(verified.usable_bytes), "")
     terminal.print(pairs(loaded.words(plan)), "")
     terminal.print(pairs([("verdict", _verdict(verified)), ("compiler", _compiler(verified))]), "")
     terminal.print(byte_table(verified, plan), "")
     if verified.changes:
-        _show_changes(terminal, verified, name)
+        terminal.print(change_table(verified), "")
+        terminal.line(f"next: {again(verified.changes[0]['set'])}\n")
     elif not verified.fits:
         terminal.print("No single change or pair of changes is expected to fit: more devices, or a smaller batch.", "")
     if verified.traffic:
@@ -157,7 +180,9 @@ def show(terminal: Terminal, loaded: Loaded, plan: Plan, verified: Verification,
         terminal.print(time_table(verified, plan), "")
         if verified.planned_flops:
             ratio = verified.flops / verified.planned_flops
-            note = "" if abs(ratio - 1) < 0.02 else ": more is computed on every device than its share" * (ratio > 1)
+            note = ": more is computed on every device than its share" * (ratio > MORE_FLOPS)
+            if verified.out_of_memory:
+                note = ", with what XLA computes again to save memory"
             text = f"{units.many(verified.flops)} flops of products per device, {ratio:.3f} of the traced step's{note}"
             terminal.print(pairs([("products", text)]), "")
     for warning in verified.warnings:
@@ -182,11 +207,3 @@ def _compiler(verified: Verification) -> str:
 
     versions = ", ".join(f"{name} {version}" for name, version in verified.versions.items())
     return f"{verified.target}, {verified.depth}, {units.seconds(verified.compile_seconds)}; {versions}"
-
-
-def _show_changes(terminal: Terminal, verified: Verification, name: str) -> None:
-    from redco_like.cli.verify_tables import change_table
-
-    terminal.print(change_table(verified), "")
-    command = f"redco-like verify {shlex.quote(name)} --set {verified.changes[0]['set']} --out {shlex.quote(name)}"
-    terminal.line(f"next: {command}\n")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from redco_like.cli import units
+from search.verify import operation
 
 if TYPE_CHECKING:
     from redco_like.cli.plan import Verified
     from search import Plan
     from search.verify import Verification
-
-NOISE = frozenset("while body cond closed_call checkpoint rematted_computation shard_map vmap()".split())
-"""Parts of a name that say how JAX runs an operation, not where it is from."""
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -136,30 +133,6 @@ def change_table(verified: Verification) -> Table:
         slower = row["slower"] - 1
         table.add_row(row["set"], units.size(row["bytes"]), units.size(row["spare"]), f"{100 * slower:+.1f} %")
     return table
-
-
-def operation(name: str) -> str:
-    """An operation's name in the program, without what the transformations of JAX add to it.
-
-    >>> operation("jit(step)/transpose(jvp())/while/body/closed_call/checkpoint/layers/mlp/up/dot_general")
-    'backward: layers/mlp/up/dot_general'
-    >>> operation("state.params['layers']['up']")
-    'state.params/layers/up'
-    """
-    if name.startswith("jit("):
-        passes = "backward" if "transpose(" in name else "forward" if "jvp(" in name else ""
-        again = " again" if "rematted_computation" in name else ""
-        parts = [
-            part for part in name.split("/")[1:] if part not in NOISE and not part.startswith(("jvp(", "transpose("))
-        ]
-        return (f"{passes}{again}: " if passes else "") + "/".join(parts)
-    return (
-        re.sub(r"\\*'\]?\[\\*'", "/", name)
-        .replace("[\\'", "/")
-        .replace("['", "/")
-        .replace("\\']", "")
-        .replace("']", "")
-    )
 
 
 def place(source: str) -> str:
