@@ -70,6 +70,9 @@ def describe(
         lines.append(("offload", f"in the host's memory while not used: {', '.join(OFFLOAD[x] for x in plan.offload)}"))
     if plan.rules:
         lines.append(("rules", "; ".join(f"{pattern} as {_spec(spec)}" for pattern, spec in plan.rules)))
+    if plan.compiler_options:
+        listed = ", ".join(f"{name.removeprefix('xla_')}={value}" for name, value in plan.compiler_options)
+        lines.append(("XLA options", listed))
     if plan.planned:
         lines.append(("not run yet", f"Trainer cannot execute {', '.join(plan.planned)}"))
     return lines
