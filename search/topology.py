@@ -250,12 +250,13 @@ def environment(target: Target) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes out of it is not compiled, and leaves nothing to read
         "PYTHONPATH": os.pathsep.join([*path, *toolchain_path()]),
-        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+        "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings too: the partitioner's are read
     }
     if target.platform == "cuda":
         return env | {"CUDA_VISIBLE_DEVICES": "-1"}
     _, prefix, per_chip = _TPUS[target.accelerator]
     return env | {
+        "TPU_STDERR_LOG_LEVEL": "1",  # libtpu's own, of the same
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": f"{prefix}-{math.prod(_dims(target)) * per_chip}",

@@ -205,7 +205,7 @@ def verification(
         buffers=largest_buffers(compiled.buffers, module),
         warnings=(
             *unplanned(rows, found),
-            *partitioner_warnings(compiled.log),
+            *partitioner_warnings(compiled.log, module),
             *(f"not in the seconds: {what}" for what in times.unknown),
         ),
         changes=fitting,
@@ -309,15 +309,17 @@ def unplanned(rows: Sequence[Traffic], found: Sequence[hlo.Collective]) -> list[
     return out
 
 
-def partitioner_warnings(log: str) -> list[str]:
+def partitioner_warnings(log: str, module: hlo.Module) -> list[str]:
     """What XLA's partitioner says it had to move whole: an operation whose splits it could not go between."""
-    found = re.findall(r"Involuntary full rematerialization.*?for HLO operation: (.*)", log)
+    sources = {op.op_name: op.source for computation in module.computations.values() for op in computation.ops}
+    found = re.findall(r"Involuntary full rematerialization.*?for HLO operation:? (.*)", log)
     out: dict[str, None] = {}
     for operation in found:
         name = re.search(r'op_name="([^"]*)"', operation)
         source = re.search(r'source_file="([^"]*)" source_line=(\d+)', operation)
         shape = re.search(r"= (\S+)", operation)
-        where = f" ({source[1]}:{source[2]})" if source else ""
+        line = f"{source[1]}:{source[2]}" if source else sources.get(name[1], "") if name else ""
+        where = f" ({line})" if line else ""
         what = " ".join(match[1] for match in (shape, name) if match)
         out[f"gathered whole on every device and split again: {what}{where}"] = None
     return list(out)
