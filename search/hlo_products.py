@@ -52,7 +52,11 @@ def _products(program: Program, op: Op) -> tuple[Product, ...]:
     match op.opcode:
         case "fusion" | "async-start":
             inside = (inner for name in op.callees() for inner in program.computations[name].ops)
-            return tuple(product for inner in inside for product in products(program, inner))
+            found = tuple(product for inner in inside for product in products(program, inner))
+            groups = _skipped_groups(computation, op)
+            if groups > 1:
+                return tuple(dataclasses.replace(made, flops=made.flops // groups, kernel="ragged") for made in found)
+            return found
         case "dot":
             return (_dot(computation, op, op.numbers("lhs_contracting_dims")),)
         case "convolution":
@@ -63,6 +67,19 @@ def _products(program: Program, op: Op) -> tuple[Product, ...]:
             found = _kernel(computation, op)
             return (found,) if found else ()
     return ()
+
+
+def _skipped_groups(computation: Computation, op: Op) -> int:
+    """How many matrices a TPU fusion makes of one and the same rows, each row for one of them.
+
+    The gradient of a ragged product's weights is written as a product of all rows for every group, masked by
+    `pred[groups, rows]`; blocks whose mask is empty are skipped, so that every row enters once.
+    """
+    mask = (op.backend_config or {}).get("mask_aggregator_config") or {}
+    if mask.get("iteration_skipper_mode", "").rpartition("MODE_")[2] in ("", "NONE", "UNSPECIFIED", "INVALID"):
+        return 1
+    masks = [shape for shape in _operand_shapes(computation, op) if shape.dtype == "pred" and len(shape.dims) == 2]
+    return masks[0].dims[0] if len(masks) == 1 else 1
 
 
 def _operand_shapes(computation: Computation, op: Op) -> list[Shape]:

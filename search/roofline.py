@@ -43,7 +43,8 @@ FREE = frozenset(
 )
 FREE_CALLS = frozenset(
     "AllocateBuffer ConcatBitcast AssumeGatherIndicesInBound AsyncCollectiveStart AsyncCollectiveDone Sharding "
-    "SPMDFullToShardShape SPMDShardToFullShape X64Combine X64SplitLow X64SplitHigh SliceId".split()
+    "SPMDFullToShardShape SPMDShardToFullShape X64Combine X64SplitLow X64SplitHigh SliceId "
+    "PrepareAsyncCallStart PrepareAsyncCallDone".split()
 )
 KNOWN_CALLS = frozenset(
     "GatherScatterIndicesBitpacked ragged-dot-metadata ZeroCrop SliceToDynamic PadToStatic TopK __cub$DeviceRadixSort "

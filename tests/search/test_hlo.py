@@ -334,3 +334,33 @@ def test_a_text_that_is_cut_off_is_an_error():
 def test_a_program_of_more_devices_than_the_mesh_is_an_error():
     with pytest.raises(ValueError, match="has 4 devices"):
         collectives(module_of("v5e_fsdp"), MeshShape(fsdp=4))
+
+
+MASKED = """HloModule m, num_partitions=1
+
+%masked (a: bf16[512,32], b: bf16[512,16], m: pred[4,512]) -> bf16[4,32,16] {
+  %a = bf16[512,32] parameter(0)
+  %b = bf16[512,16] parameter(1)
+  %m = pred[4,512] parameter(2)
+  %x = bf16[4,512,32] broadcast(%a), dimensions={1,2}
+  %y = bf16[4,512,16] broadcast(%b), dimensions={1,2}
+  ROOT %c = bf16[4,32,16] convolution(%x, %y), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0fb_0io->0bf
+}
+
+ENTRY %main (a: bf16[512,32], b: bf16[512,16], m: pred[4,512]) -> bf16[4,32,16] {
+  %a = bf16[512,32] parameter(0)
+  %b = bf16[512,16] parameter(1)
+  %m = pred[4,512] parameter(2)
+  ROOT %f = bf16[4,32,16] fusion(%a, %b, %m), kind=kOutput, calls=%masked, backend_config={CONFIG}
+}
+"""
+
+
+def test_groups_whose_masked_blocks_are_skipped_are_a_ragged_product():
+    # As XLA:TPU writes the gradient of a ragged product's weights: every row belongs to one of four groups.
+    every = parse(MASKED.replace("CONFIG", '"mask_aggregator_config":{}'))
+    skipped = '"mask_aggregator_config":{"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_ITERATION_INDICES"}'
+    once = parse(MASKED.replace("CONFIG", skipped))
+    assert flops(every) == 4 * 2 * 512 * 32 * 16
+    assert flops(once) == 2 * 512 * 32 * 16
+    assert [made.kernel for made in products(once, once.entry.root)] == ["ragged"]
