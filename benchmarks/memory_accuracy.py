@@ -156,17 +156,17 @@ def _false_fit(row: dict[str, Any]) -> bool:
 def ratios(rows: list[dict[str, Any]]) -> str:
     """What the planner keeps of the table: compiled over analytic bytes by accelerator.
 
-    Of programs that take at least a quarter of the memory: those that may not fit are of that kind.
+    Of programs that take at least half of the memory: those that may not fit are of that kind.
     """
     from search import parse_cluster
 
     found: dict[str, list[float]] = {}
     for row in rows:
-        if row["compiled_bytes"] >= row["usable_bytes"] / 4:
+        if row["compiled_bytes"] >= row["usable_bytes"] / 2:
             name = parse_cluster(row["cluster"]).accelerator.name
             found.setdefault(name, []).append(row["compiled_bytes"] / row["analytic_bytes"])
     lines = [
-        "# Compiled over analytic bytes per device of training steps that take a quarter of the memory or more.",
+        "# Compiled over analytic bytes per device of training steps that take half of the memory or more.",
         "# Written by benchmarks/memory_accuracy.py --write; read by search.space.memory_share.",
     ]
     for name, some in sorted(found.items()):

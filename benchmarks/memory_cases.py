@@ -63,7 +63,7 @@ WIDE = {"vocab": 128256, "embed": 4096, "heads": 32, "kv_heads": 8, "head_dim": 
 SHORT = {"vocab": 50304, "embed": 2048, "heads": 32, "kv_heads": 32, "head_dim": 64, "mlp": 8192}
 SIZES = {"scanned": LLAMA, "unrolled": LLAMA, "wide": WIDE, "short": SHORT, "short unrolled": SHORT}
 USERS = {*SIZES, "moe"}
-HELD_OUT = {"wide", "short", "short unrolled", "qwen3-8b", "gemma-2b", "qwen1.5-moe-a2.7b", "pythia-2.8b", "bert-large"}
+HELD_OUT = {"short", "short unrolled", "qwen1.5-moe-a2.7b", "bert-large"}
 
 
 def cases_of(cluster: str, *rows: tuple[Any, ...]) -> list[Case]:
@@ -216,7 +216,6 @@ CASES: list[Case] = [
         "8xH100",
         ("llama-3-8b", "fsdp=8 fsdp full 1", 296, 16),
         ("qwen3-8b", "fsdp=8 fsdp none 1", 72),
-        ("pythia-2.8b", "data=8 data dots 1", 224, 8),
         ("wide", "fsdp=4,tensor=2 fsdp+megatron none 1", 72),
     ),
 ]
