@@ -29,6 +29,7 @@ SPLITS = (
     (FSDP, CONTEXT),
     (DATA, EXPERT),
     (TENSOR, FSDP),
+    (TENSOR, DATA),
 )
 """Devices that may go from one mesh axis to another."""
 
@@ -94,8 +95,11 @@ def _costed(
     now = estimate_plan(model, plan)
     found = []
     for settings in options:
+        new = changed(plan, settings)
+        if model.batch % (new.microbatches * new.mesh.batch_shards):  # no equal parts
+            continue
         try:
-            estimate = estimate_plan(model, changed(plan, settings))
+            estimate = estimate_plan(model, new)
         except (PlanError, ValueError):  # not legal for the model
             continue
         needed = round(scale * estimate.bytes_per_device)
