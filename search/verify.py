@@ -293,15 +293,15 @@ def unplanned(rows: Sequence[Traffic], found: Sequence[hlo.Collective]) -> list[
         if row.sent - row.planned <= max(UNPLANNED_SHARE * total, UNPLANNED_BYTES):
             continue
         over = "+".join(row.axes)
-        alike: Counter[str] = Counter()  # bytes
+        alike: dict[str, float] = {}  # bytes
         times: Counter[str] = Counter()
         for c in found:
             if c.axes == row.axes:
                 source = f" ({c.source})" if c.source else ""
                 text = f"{c.kind.replace('_', '-')} of {c.shapes} in {operation(c.op_name)}{source}"
-                alike[text] += c.times * sent_bytes(c.kind, c.bytes, c.size)
+                alike[text] = alike.get(text, 0.0) + c.times * sent_bytes(c.kind, c.bytes, c.size)
                 times[text] += c.times
-        lines = [f"{times[text]} x {text}" for text, _ in alike.most_common(3)]
+        lines = [f"{times[text]} x {text}" for text in sorted(alike, key=lambda text: -alike[text])[:3]]
         out.append(
             f"over {over} a device sends {row.sent / GIB:.2f} GiB, planned {row.planned / GIB:.2f}; most of it: "
             + "; ".join(lines)
