@@ -19,6 +19,7 @@ Shape letters: B batch, L length, D embed, E experts, J experts per token, F mlp
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -62,57 +63,136 @@ class ExpertsKernels:
         ):
             split = ", ".join(str(spec) for spec in (specs[0], *specs[3:]))
             return _tell(f"tokens and kernels are split as {split}, which no program is made for")
-        shared = (*over_experts, *over_hidden)
-        # Where tokens are gathered and results scattered: dimension -> axes.
-        exchanged = {i: axes for i, entry in enumerate(tokens) if (axes := tuple(a for a in entry if a in shared))}
+        shared = (*over_hidden, *over_experts)
         summed = tuple(a for a in shared if not any(a in entry for entry in tokens))
         varying = {a for entry in tokens for a in entry} | set(shared)
         in_specs = [P(*(entry or None for entry in tokens[:-1]), None)] * 3
         in_specs += [P(*(entry or None for entry in spec)) for spec in kernels]
+        # Where tokens are gathered and results scattered: over parts of the hidden dimension first, while they are few.
+        exchanged = [
+            (i, axes)
+            for group in (over_hidden, over_experts)
+            for i, entry in enumerate(tokens)
+            if (axes := tuple(axis for axis in entry if axis in group))
+        ]
+        ways = math.prod(mesh.shape[axis] for axis in over_experts)
+
+        def own(*operands: jax.Array) -> jax.Array:
+            for i, axes in exchanged:
+                moved = (jax.lax.all_gather(x, axes, axis=i, tiled=True) for x in operands[:3])
+                operands = (*moved, *operands[3:])
+            if ways == 1:
+                return _of_all_experts(call, *operands)
+            return _of_own_experts(call, ways, over_experts, varying, *operands)
 
         def local(*operands: jax.Array) -> jax.Array:
-            operands = tuple(_varying(x, varying - _axes(spec)) for x, spec in zip(operands, in_specs, strict=True))
-            (*moved, up_EDF, down_EFD), gate_EDF = operands[:5], operands[5:]
-            for i, axes in exchanged.items():
-                moved = [jax.lax.all_gather(x, axes, axis=i, tiled=True) for x in moved]
-            y = _own(call, moved, up_EDF, down_EFD, gate_EDF[0] if gate_EDF else None, over_experts)
-            for i, axes in exchanged.items():
+            operands = tuple(_varying(x, varying - _axes(s)) for x, s in zip(operands, in_specs, strict=True))
+            # Tokens of other devices are gathered again for the backward pass, which computes all else of them again.
+            y = (own if ways == 1 else jax.checkpoint(own, prevent_cse=False))(*operands)
+            for i, axes in reversed(exchanged):
                 y = jax.lax.psum_scatter(y, axes, scatter_dimension=i, tiled=True)
             return jax.lax.psum(y, summed) if summed else y
 
         return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=in_specs[0])(*operands)
 
 
-def _own(
-    call: ExpertsCall,
-    tokens: Sequence[jax.Array],
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
-    gate_EDF: jax.Array | None,
-    over_experts: tuple[str, ...],
+def _of_all_experts(
+    call: ExpertsCall, x_BLD: jax.Array, expert_BLJ: jax.Array, weight_BLJ: jax.Array, *kernels: jax.Array
 ) -> jax.Array:
-    """What this device's experts, or its part of all experts, add to tokens."""
-    x_BLD, expert_BLJ, weight_BLJ = tokens
+    """All experts of a device's tokens, which it sorts."""
+    (up_EDF, down_EFD), gate_EDF = kernels[:2], kernels[2:]
     J, D, E = expert_BLJ.shape[-1], x_BLD.shape[-1], up_EDF.shape[0]
     expert_R = expert_BLJ.reshape(-1)
-    if over_experts:  # those of other devices come last
-        expert_R -= jax.lax.axis_index(over_experts) * E
-        expert_R = jnp.where((expert_R >= 0) & (expert_R < E), expert_R, E)
     order_R = jnp.argsort(expert_R)
     back_R = jnp.argsort(order_R)
-    counts_E = jnp.bincount(expert_R, length=E + 1)[:E]
-    inside_R1 = (jnp.arange(expert_R.size) < counts_E.sum())[:, None] if over_experts else None
-
-    def inside(h_RD: jax.Array) -> jax.Array:
-        return h_RD if inside_R1 is None else jnp.where(inside_R1, h_RD, 0)
-
-    x_RD = jnp.repeat(x_BLD.reshape(-1, D), J, axis=0)
-    h_RD = inside(_permuted(x_RD, order_R, back_R))
+    counts_E = jnp.bincount(expert_R, length=E)
+    h_RD = _permuted(jnp.repeat(x_BLD.reshape(-1, D), J, axis=0), order_R, back_R)
     up_RF = jax.lax.ragged_dot(h_RD, up_EDF, counts_E)
-    gate_RF = None if gate_EDF is None else jax.lax.ragged_dot(h_RD, gate_EDF, counts_E)
-    y_RD = inside(jax.lax.ragged_dot(call.hidden(up_RF, gate_RF), down_EFD, counts_E))
+    gate_RF = jax.lax.ragged_dot(h_RD, gate_EDF[0], counts_E) if gate_EDF else None
+    y_RD = jax.lax.ragged_dot(call.hidden(up_RF, gate_RF), down_EFD, counts_E)
     y_TJD = _permuted(y_RD, back_R, order_R).reshape(-1, J, D)
     return jnp.einsum("tj,tjd->td", weight_BLJ.reshape(-1, J), y_TJD).reshape(x_BLD.shape)
+
+
+def _of_own_experts(
+    call: ExpertsCall,
+    ways: int,
+    axes: tuple[str, ...],
+    varying: set[str],
+    x_BLD: jax.Array,
+    expert_BLJ: jax.Array,
+    weight_BLJ: jax.Array,
+    *kernels: jax.Array,
+) -> jax.Array:
+    """What this device's experts add to the tokens of all devices that share the experts.
+
+    Rows of own experts are sorted first and computed in pieces, as many as there are: each the part of all rows that
+    the device has if all experts get as many. The backward pass computes the hidden values of a piece again.
+    """
+    J, D, E = expert_BLJ.shape[-1], x_BLD.shape[-1], kernels[0].shape[0]
+    expert_R = expert_BLJ.reshape(-1) - jax.lax.axis_index(axes) * E
+    expert_R = jnp.where((expert_R >= 0) & (expert_R < E), expert_R, E)
+    order_R = jnp.argsort(expert_R)
+    back_R = jnp.argsort(order_R)
+    ends_E = jnp.cumsum(jnp.bincount(expert_R, length=E + 1)[:E])
+    size = -(-order_R.size // ways)
+    order_R = jnp.pad(order_R, (0, size * ways - order_R.size))
+
+    def piece(i: jax.Array, order_R: jax.Array, ends_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The rows of one piece, which of them have an expert, and how many each expert has."""
+        rows_P = jax.lax.dynamic_slice_in_dim(order_R, i * size, size)
+        here_E = jnp.clip(ends_E - i * size, 0, size)
+        return rows_P, (jnp.arange(size) < here_E[-1])[:, None], jnp.diff(here_E, prepend=0)
+
+    def results(h_PD: jax.Array, weight_P: jax.Array, kernels: Sequence[jax.Array], counts_E: jax.Array) -> jax.Array:
+        up_PF = jax.lax.ragged_dot(h_PD, kernels[0], counts_E)
+        gate_PF = jax.lax.ragged_dot(h_PD, kernels[2], counts_E) if len(kernels) > 2 else None
+        return jax.lax.ragged_dot(weight_P[:, None] * call.hidden(up_PF, gate_PF), kernels[1], counts_E)
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return _varying(jnp.zeros(shape, dtype), varying)
+
+    def forward(*operands: Any) -> jax.Array:
+        x_TD, weight_R, kernels, order_R, back_R, ends_E = operands
+
+        def step(i: jax.Array, y_RD: jax.Array) -> jax.Array:
+            rows_P, inside_P1, counts_E = piece(i, order_R, ends_E)
+            y_PD = results(x_TD[rows_P // J], weight_R[rows_P], kernels, counts_E)
+            return jax.lax.dynamic_update_slice_in_dim(y_RD, jnp.where(inside_P1, y_PD, 0), i * size, axis=0)
+
+        y_RD = jax.lax.fori_loop(0, -(-ends_E[-1] // size), step, zeros((size * ways, D), x_TD.dtype))
+        return y_RD[back_R].reshape(-1, J, D).sum(1)
+
+    def kept(*operands: Any) -> tuple[jax.Array, Any]:
+        return forward(*operands), operands
+
+    def backward(operands: Any, g_TD: jax.Array) -> tuple[Any, ...]:
+        x_TD, weight_R, kernels, order_R, back_R, ends_E = operands
+
+        def step(i: jax.Array, sums: Any) -> Any:
+            rows_P, inside_P1, counts_E = piece(i, order_R, ends_E)
+            h_PD, g_PD = (jnp.where(inside_P1, a[rows_P // J], 0) for a in (x_TD, g_TD))
+            _, pull = jax.vjp(lambda h, w, k: results(h, w, k, counts_E), h_PD, weight_R[rows_P], kernels)
+            dh_PD, dweight_P, dkernels = pull(g_PD)
+            dh_PD, dweight_P = jnp.where(inside_P1, dh_PD, 0), jnp.where(inside_P1[:, 0], dweight_P, 0)
+            dh_RD, dweight_R, totals = sums
+            return (
+                jax.lax.dynamic_update_slice_in_dim(dh_RD, dh_PD, i * size, axis=0),
+                jax.lax.dynamic_update_slice_in_dim(dweight_R, dweight_P, i * size, axis=0),
+                tuple(total + dk.astype(total.dtype) for total, dk in zip(totals, dkernels, strict=True)),
+            )
+
+        rows = size * ways
+        totals = tuple(zeros(k.shape, jnp.promote_types(k.dtype, jnp.float32)) for k in kernels)
+        first = zeros((rows, D), x_TD.dtype), zeros((rows,), weight_R.dtype), totals
+        dh_RD, dweight_R, totals = jax.lax.fori_loop(0, -(-ends_E[-1] // size), step, first)
+        dkernels = tuple(total.astype(k.dtype) for total, k in zip(totals, kernels, strict=True))
+        return dh_RD[back_R].reshape(-1, J, D).sum(1), dweight_R[back_R], dkernels, None, None, None
+
+    computed = jax.custom_vjp(forward)
+    computed.defvjp(kept, backward)
+    y_TD = computed(x_BLD.reshape(-1, D), weight_BLJ.reshape(-1), kernels, order_R, back_R, ends_E)
+    return y_TD.reshape(x_BLD.shape)
 
 
 @jax.custom_vjp

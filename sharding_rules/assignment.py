@@ -171,14 +171,18 @@ def preset(
         more["notes"] += result.pop("notes", [])
         for key, value in result.items():
             more[key] = more[key] | value if isinstance(value, dict) else value
-    # Rows of experts and tensors come first: where they meet the batch in one activation, they win the mesh axis.
+    # Rows of tensors come first: where they meet the batch in one activation, they win the mesh axis. So do those of
+    # experts that take tokens by a dense product (one-hot dispatch); else only the router's results have both, and lie
+    # as the tokens do.
     compute |= {row.name: BATCH_AXES for row in rows.rows if row.role == "batch"}
     if mesh.expert > 1:
         experts = [row for row in rows.rows if row.role == "expert"]
         for row in experts:
             if row.size % mesh.expert:
                 raise indivisible(table, rows, row, (EXPERT,), mesh, params=params)
-        compute = {row.name: (EXPERT,) for row in experts} | compute
+        dense = {row.name for row in experts if _multiplied_apart(table, rows, row)}
+        compute = {name: (EXPERT,) for name in dense} | compute
+        compute |= {row.name: (EXPERT,) for row in experts if row.name not in dense}
     if mesh.context > 1:
         compute |= {row.name: (CONTEXT,) for row in rows.rows if row.role == "length" and row.size % mesh.context == 0}
     more["by_path"] |= stated or {}
@@ -191,6 +195,13 @@ def preset(
             f"model: the devices along it would repeat each other's work. {_advice(idle[0])}"
         )
     return Assignment(rows, mesh, compute, more["spill"], more["by_path"], more["storage"], tuple(more["notes"]))
+
+
+def _multiplied_apart(table: AxisTable, rows: Rows, row: Row) -> bool:
+    """Whether some dense product has a row as a batch dimension."""
+    return any(
+        rows.of(axis) == row for c in table.contractions if c.kind == "dot" for dim in c.batch for axis in leaves(dim)
+    )
 
 
 def _advice(axis: str) -> str:
