@@ -63,11 +63,14 @@ WIDE = {"vocab": 128256, "embed": 4096, "heads": 32, "kv_heads": 8, "head_dim": 
 SHORT = {"vocab": 50304, "embed": 2048, "heads": 32, "kv_heads": 32, "head_dim": 64, "mlp": 8192}
 SIZES = {"scanned": LLAMA, "unrolled": LLAMA, "wide": WIDE, "short": SHORT, "short unrolled": SHORT}
 USERS = {*SIZES, "moe"}
-HELD_OUT = {"short", "short unrolled", "qwen1.5-moe-a2.7b", "bert-large"}
+HELD_OUT = {
+    *("short", "short unrolled", "qwen1.5-moe-a2.7b", "bert-large"),
+    *("mistral-7b", "qwen2.5-7b", "qwen3-14b", "gpt3-6.7b", "gpt3-175b"),
+}
 
 
-def cases_of(cluster: str, *rows: tuple[Any, ...]) -> list[Case]:
-    return [Case(model, cluster, *rest) for model, *rest in rows]
+def cases_of(cluster: str, *rows: tuple[Any, ...], attention: str = "plain") -> list[Case]:
+    return [Case(model, cluster, *rest, attention=attention) for model, *rest in rows]
 
 
 CASES: list[Case] = [
@@ -217,6 +220,59 @@ CASES: list[Case] = [
         ("llama-3-8b", "fsdp=8 fsdp full 1", 296, 16),
         ("qwen3-8b", "fsdp=8 fsdp none 1", 72),
         ("wide", "fsdp=4,tensor=2 fsdp+megatron none 1", 72),
+    ),
+    # Attention by the platform's kernel.
+    *cases_of(
+        "v5e:2x4",
+        ("llama-3.2-1b", "data=8 data none 1 zero1", 8, 4, 4096),
+        ("llama-3.2-1b", "data=4,fsdp=2 fsdp full 2", 16, 8, 8192),
+        attention="fused",
+    ),
+    *cases_of(
+        "v5e:4x4",
+        ("llama-3-8b", "fsdp=8,tensor=2 fsdp+megatron full 1", 16, 8, 8192),
+        ("llama-3.2-1b", "data=16 data dots 1", 16, 4, 8192),
+        ("llama-3-8b", "fsdp=4,tensor=4 fsdp+megatron+sequence dots 1", 16, 6, 8192),
+        ("mistral-7b", "fsdp=16 fsdp full 2", 32, 6, 4096),
+        ("qwen2.5-7b", "fsdp=8,context=2 fsdp full 1", 8, 6, 8192),
+        ("gpt3-6.7b", "fsdp=16 fsdp none 1", 16, 4, 2048),
+        attention="fused",
+    ),
+    *cases_of(
+        "v5p:2x2x2",
+        ("llama-3-8b", "fsdp=8 fsdp none 1", 16, 8, 8192),
+        ("llama-3-8b", "fsdp=8 fsdp dots 1", 16, 8, 8192),
+        ("gpt3-13b", "fsdp=4,tensor=2 fsdp+megatron full 4", 64, 6, 2048),
+        ("mistral-7b", "data=8 data full 1 zero1", 8, 4, 8192),
+        ("qwen3-14b", "fsdp=4,context=2 fsdp dots 1", 8, 6, 8192),
+        attention="fused",
+    ),
+    *cases_of(
+        "v5p:4x4x4",
+        ("llama-3-70b", "fsdp=64 fsdp full 1", 64, 4, 8192),
+        ("llama-3-70b", "fsdp=16,tensor=4 fsdp+megatron+sequence none 1", 32, 4, 8192),
+        ("qwen3-14b", "fsdp=32,tensor=2 fsdp+megatron dots 2", 128, 6, 4096),
+        ("gpt3-175b", "fsdp=8,tensor=8 fsdp+megatron full 2", 64, 2, 2048),
+        attention="fused",
+    ),
+    *cases_of(
+        "v6e:4x4",
+        ("llama-3-8b", "fsdp=16 fsdp dots 1", 32, 8, 8192),
+        ("llama-3.2-1b", "data=16 data full 2 zero1", 64, 8, 4096),
+        ("gpt3-13b", "fsdp=4,tensor=4 fsdp+megatron+sequence dots 2", 64, 4, 2048),
+        ("mistral-7b", "fsdp=8,tensor=2 fsdp+megatron none 1", 16, 4, 8192),
+        ("qwen3-14b", "fsdp=8,context=2 fsdp full 1", 16, 6, 8192),
+        attention="fused",
+    ),
+    *cases_of(
+        "8xH100",
+        ("llama-3-8b", "fsdp=8 fsdp full 1", 16, 8, 8192),
+        ("llama-3-8b", "fsdp=8 fsdp none 1", 16, 4, 8192),
+        ("llama-3.2-1b", "data=8 data dots 2 zero1", 32, 8, 4096),
+        ("mistral-7b", "fsdp=4,tensor=2 fsdp+megatron dots 1", 16, 4, 8192),
+        ("qwen3-14b", "fsdp=2,tensor=4 fsdp+megatron+sequence full 1", 16, 4, 8192),
+        ("gpt3-6.7b", "fsdp=8 fsdp full 4", 64, 8, 2048),
+        attention="fused",
     ),
 ]
 
