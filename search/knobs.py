@@ -67,6 +67,8 @@ def changed(plan: Plan, settings: Mapping[str, Any]) -> Plan:
     mesh = dataclasses.replace(plan.mesh, **sizes)
     inner = Inner(mesh.tensor, mesh.context, mesh.expert, bool(sequence), mesh.data * mesh.fsdp, mesh.stage)
     fields = {name: value for name, value in settings.items() if name not in sizes and name != "sequence"}
+    if isinstance(fields.get("offload"), str):  # as a Space fixes it
+        fields["offload"] = tuple(part for part in fields["offload"].split("+") if part != "none")
     known = {field.name for field in dataclasses.fields(Plan)}
     for name in fields:
         if name not in known:

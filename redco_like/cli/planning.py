@@ -248,9 +248,16 @@ def estimated(loaded: Loaded, plan: Plan) -> Plan:
     Raises:
         UsageError: the plan is not legal for it.
     """
+    from pipelines.problem import check_rows
     from search.costing import estimate_plan
 
+    if plan.mesh.size != loaded.cluster.devices:
+        raise UsageError(
+            f"the plan is for {plan.mesh.size} devices ({plan.mesh}), and {loaded.cluster.name} has "
+            f"{loaded.cluster.devices:,}: give other sizes of mesh axes, or plan again"
+        )
     with bad_input():
+        check_rows(loaded.spec.global_batch, microbatches=plan.microbatches, mesh=plan.mesh)
         share = loaded.record.get("memory_share")
         estimate = estimate_plan(loaded.model, plan, **({} if share is None else {"memory_share": share}))
         return dataclasses.replace(plan, estimate=estimate, problem=loaded.record)
