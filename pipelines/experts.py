@@ -12,16 +12,18 @@ Inside one `jax.shard_map` over the whole mesh:
   for all of them, since all tokens may choose the same experts and none is dropped.
 * A device that splits only the batch or the length sends nothing but gradients of weights.
 
-Products in groups are `jax.lax.ragged_dot`: on TPUs a kernel that skips what is in no group.
+Products in groups are `jax.lax.ragged_dot`, on TPUs a kernel that skips what is in no group, and on GPUs
+`pipelines.grouped`.
 
 Shape letters: B batch, L length, D embed, E experts, J experts per token, F mlp, R rows: tokens times J.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +31,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from pipelines.grouped import grouped_dot, obstacle
 from sharding_rules import ExpertsCall
 from sharding_rules.kernels import Call
+
+GPUS = ("gpu", "cuda", "rocm")
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""As `jax.lax.ragged_dot`: of rows sorted by group, matrices, and the number of rows of each group."""
 
 
 def experts_kernels(mesh: Mesh) -> ExpertsKernels | None:
@@ -43,10 +50,11 @@ class ExpertsKernels:
 
     Attributes:
         platform: of the devices.
+        interpret: run the kernels' code step by step, on any platform (for tests).
     """
 
-    def __init__(self, platform: str):
-        self.platform = platform
+    def __init__(self, platform: str, *, interpret: bool = False):
+        self.platform, self.interpret = platform, interpret
 
     def __call__(self, call: Call, mesh: Mesh, operands: Sequence[Any], specs: Sequence[P]) -> Any:
         """The result, split as the tokens are; None to have it computed plainly."""
@@ -62,7 +70,7 @@ class ExpertsKernels:
             or any(spec != (over_experts, (), over_hidden) for spec in (up_spec, *kernels[2:]))
         ):
             split = ", ".join(str(spec) for spec in (specs[0], *specs[3:]))
-            return _tell(f"tokens and kernels are split as {split}, which no program is made for")
+            return _tell(f"all tokens are gathered on every device: tokens and kernels are split as {split}")
         shared = (*over_hidden, *over_experts)
         summed = tuple(a for a in shared if not any(a in entry for entry in tokens))
         varying = {a for entry in tokens for a in entry} | set(shared)
@@ -75,6 +83,7 @@ class ExpertsKernels:
             for i, entry in enumerate(tokens)
             if (axes := tuple(axis for axis in entry if axis in group))
         ]
+        product = self._product(mesh, operands, kernels)
         ways = math.prod(mesh.shape[axis] for axis in over_experts)
 
         def own(*operands: jax.Array) -> jax.Array:
@@ -82,8 +91,8 @@ class ExpertsKernels:
                 moved = (jax.lax.all_gather(x, axes, axis=i, tiled=True) for x in operands[:3])
                 operands = (*moved, *operands[3:])
             if ways == 1:
-                return _of_all_experts(call, *operands)
-            return _of_own_experts(call, ways, over_experts, varying, *operands)
+                return _of_all_experts(call, product, *operands)
+            return _of_own_experts(call, product, ways, over_experts, varying, *operands)
 
         def local(*operands: jax.Array) -> jax.Array:
             operands = tuple(_varying(x, varying - _axes(s)) for x, s in zip(operands, in_specs, strict=True))
@@ -95,9 +104,25 @@ class ExpertsKernels:
 
         return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=in_specs[0])(*operands)
 
+    def _product(self, mesh: Mesh, operands: Sequence[Any], specs: Sequence[Sequence[Sequence[str]]]) -> Product:
+        """What multiplies rows in groups."""
+        if self.platform not in GPUS:
+            return jax.lax.ragged_dot
+        for w_EKN, spec in zip(operands[3:], specs, strict=True):
+            sizes = [n // math.prod(mesh.shape[a] for a in entry) for n, entry in zip(w_EKN.shape, spec, strict=True)]
+            if reason := obstacle(sizes[1:], operands[0].dtype, w_EKN.dtype):
+                _tell(f"every token is multiplied with every expert of its device: {reason}")
+                return jax.lax.ragged_dot
+        return lambda x_RK, w_EKN, counts_E: grouped_dot(x_RK, w_EKN, counts_E, self.interpret)
+
 
 def _of_all_experts(
-    call: ExpertsCall, x_BLD: jax.Array, expert_BLJ: jax.Array, weight_BLJ: jax.Array, *kernels: jax.Array
+    call: ExpertsCall,
+    product: Product,
+    x_BLD: jax.Array,
+    expert_BLJ: jax.Array,
+    weight_BLJ: jax.Array,
+    *kernels: jax.Array,
 ) -> jax.Array:
     """All experts of a device's tokens, which it sorts."""
     (up_EDF, down_EFD), gate_EDF = kernels[:2], kernels[2:]
@@ -107,15 +132,16 @@ def _of_all_experts(
     back_R = jnp.argsort(order_R)
     counts_E = jnp.bincount(expert_R, length=E)
     h_RD = _permuted(jnp.repeat(x_BLD.reshape(-1, D), J, axis=0), order_R, back_R)
-    up_RF = jax.lax.ragged_dot(h_RD, up_EDF, counts_E)
-    gate_RF = jax.lax.ragged_dot(h_RD, gate_EDF[0], counts_E) if gate_EDF else None
-    y_RD = jax.lax.ragged_dot(call.hidden(up_RF, gate_RF), down_EFD, counts_E)
+    up_RF = product(h_RD, up_EDF, counts_E)
+    gate_RF = product(h_RD, gate_EDF[0], counts_E) if gate_EDF else None
+    y_RD = product(call.hidden(up_RF, gate_RF), down_EFD, counts_E)
     y_TJD = _permuted(y_RD, back_R, order_R).reshape(-1, J, D)
     return jnp.einsum("tj,tjd->td", weight_BLJ.reshape(-1, J), y_TJD).reshape(x_BLD.shape)
 
 
 def _of_own_experts(
     call: ExpertsCall,
+    product: Product,
     ways: int,
     axes: tuple[str, ...],
     varying: set[str],
@@ -145,9 +171,9 @@ def _of_own_experts(
         return rows_P, (jnp.arange(size) < here_E[-1])[:, None], jnp.diff(here_E, prepend=0)
 
     def results(h_PD: jax.Array, weight_P: jax.Array, kernels: Sequence[jax.Array], counts_E: jax.Array) -> jax.Array:
-        up_PF = jax.lax.ragged_dot(h_PD, kernels[0], counts_E)
-        gate_PF = jax.lax.ragged_dot(h_PD, kernels[2], counts_E) if len(kernels) > 2 else None
-        return jax.lax.ragged_dot(weight_P[:, None] * call.hidden(up_PF, gate_PF), kernels[1], counts_E)
+        up_PF = product(h_PD, kernels[0], counts_E)
+        gate_PF = product(h_PD, kernels[2], counts_E) if len(kernels) > 2 else None
+        return product(weight_P[:, None] * call.hidden(up_PF, gate_PF), kernels[1], counts_E)
 
     def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return _varying(jnp.zeros(shape, dtype), varying)
@@ -228,5 +254,7 @@ def _entries(spec: P, ndim: int) -> tuple[tuple[str, ...], ...]:
     return tuple(() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries)
 
 
+@functools.cache
 def _tell(reason: str) -> None:
-    warnings.warn(f"experts are computed plainly, all tokens on every device: {reason}", stacklevel=2)
+    """Say what is not as fast as it could be, the first time."""
+    warnings.warn(f"experts: {reason}", stacklevel=2)

@@ -164,6 +164,8 @@ def _kernel(computation: Computation, op: Op) -> Product | None:
             count = FUSED_BACKWARD_PRODUCTS if fused else SPLASH_PRODUCTS[found[1]]
             return _attention(count, floats[0], floats[1], -2, causal, called)
     if op.target == "__gpu$xla.gpu.triton":
+        if re.search(r"\bgrouped_(rows|matrices)\b", op.op_name):  # of `pipelines.grouped`
+            return _ragged(computation, op, next(i for i, s in enumerate(shapes) if s.dtype.startswith(("bf", "f"))))
         found = re.search(r"\b(mha_forward|mha_backward)\b", op.op_name)
         if found and len(floats) >= 3:
             causal = called is None or called[1] == "causal"
