@@ -1,6 +1,7 @@
 """`redco-like verify` and `plan --verify`: what is compiled, told, kept and refused; with a compiler, under `aot`."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import pytest
 from hlo_programs import read_case
 
 from redco_like.cli import main
-from search import Plan, compiler
+from search import Plan, compiler, hlo
 from search.compiler import Cache, Compiled, CompileTimeout, ToolchainMissing
 from search.verify import Verification
 
@@ -74,17 +75,32 @@ def run_file(tmp_path):
     return path
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A plan of the run file: the file's folder, and the plan's text."""
+    folder = tmp_path_factory.mktemp("planned")
+    (folder / "run.py").write_text(RUN_FILE)
+    fix = ("--fix", "fsdp=8,remat=none", "--runners-up", "0")
+    argv = ("plan", "--model", folder / "run.py", "--cluster", "v5e:2x4", *fix, "--out", folder / "plan.json")
+    assert main([str(arg) for arg in argv]) == 0
+    return str(folder), (folder / "plan.json").read_text()
+
+
 @pytest.fixture
-def plan_file(run, run_file, tmp_path):
+def plan_file(planned, run_file, tmp_path):
+    """The plan, of this test's own run file."""
+    folder, text = planned
     path = tmp_path / "plan.json"
-    code, _, err = run("plan", "--model", run_file, "--cluster", "v5e:2x4", "--fix", "fsdp=8,remat=none", "--out", path)
-    assert (code, err) == (0, "")
+    path.write_text(text.replace(folder, str(tmp_path)))
     return path
 
 
 def bare(path):
     """A plan as it is compiled: why it was taken plays no part."""
     return dataclasses.replace(Plan.load(path), reason="")
+
+
+parse = functools.cache(hlo.parse)  # the same text each time
 
 
 class FakeCompiler:
@@ -96,6 +112,7 @@ class FakeCompiler:
         self.hlo = read_case("v5e_fsdp")
         monkeypatch.setattr("redco_like.verify.compile_in_child", self)
         monkeypatch.setattr("redco_like.verify.toolchain", lambda target: dict(VERSIONS))
+        monkeypatch.setattr("search.hlo.parse", parse)
 
     def __call__(self, module, request, target, *, depth, limit_seconds, limit_bytes, tell):
         plan = Plan.from_json(request["plan"])
