@@ -353,6 +353,8 @@ def test_run_file_that_raises_is_named_with_its_line(run, tmp_path):
         (["explain", "missing.json"], "missing.json"),
         (["explain", "fsdp"], "--model"),
         (["report", "missing.json"], "missing.json"),
+        (["verify", "missing.json"], "missing.json"),
+        (["verify"], "PLAN.JSON"),
     ],
     ids=" ".join,
 )
@@ -408,6 +410,17 @@ def test_explain_of_a_preset(run, run_file):
     code, _, err = run("explain", "fsdq", "--mesh", "fsdp=8", *args)
     assert code == 2
     assert "fsdp" in err
+
+
+def test_explain_of_a_plan_on_other_devices_or_batches_than_it_splits(run, plan_file):
+    code, out, err = run("explain", plan_file, "--cluster", "2x8xH100")
+    assert (code, out) == (2, "")
+    assert "the plan is for 8 devices" in err
+    assert "has 16" in err
+    code, out, err = run("explain", plan_file, "--global-batch", 66)
+    assert (code, out) == (2, "")
+    assert "66" in err
+    assert "nearest: 64" in err
 
 
 def test_explain_of_a_plan_without_its_problem(run, tmp_path):
@@ -548,7 +561,7 @@ def test_words_say_what_each_axis_does_and_over_which_links():
     assert "stage=4" in lines["not run yet"]
 
 
-@pytest.mark.parametrize("command", ["plan", "explain", "diff", "report", "validate", "profile"])
+@pytest.mark.parametrize("command", ["plan", "verify", "explain", "diff", "report", "validate", "profile"])
 def test_help_of_every_command(run, command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
