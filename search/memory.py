@@ -81,6 +81,7 @@ class ActivationMemory:
         fused_attention: scores of attention are never in memory.
         steps: analysed steps, for those that have them already.
         accelerator: kind of device that the step is compiled for, as `search.accelerators.Accelerator.kind`.
+        param_dtype: of the stored parameters; where the loss takes narrower ones, the step has copies of them.
     """
 
     def __init__(
@@ -92,9 +93,14 @@ class ActivationMemory:
         fused_attention: bool = False,
         steps: Mapping[Remat, Step] | None = None,
         accelerator: str = "tpu",
+        param_dtype: str = "float32",
     ):
-        self._traced, self._layout, self._fused_attention = traced, layout, fused_attention
-        self._accelerator = accelerator
+        self._traced, self._layout = traced, layout
+        self._options: dict[str, Any] = {
+            "fused_attention": fused_attention,
+            "accelerator": accelerator,
+            "param_dtype": param_dtype,
+        }
         self._remats = tuple(remats)
         self._steps = dict(steps or {})
         self._programs: dict[str, _Program] = {}
@@ -104,8 +110,7 @@ class ActivationMemory:
             if remat not in self._remats:
                 raise ValueError(f"remat={remat!r}; this memory was made for {', '.join(self._remats)}")
             step = self._steps.pop(remat, None) or analyse_step(self._traced, remat=remat, params=self._layout.params)
-            options: dict[str, Any] = {"fused_attention": self._fused_attention, "accelerator": self._accelerator}
-            self._programs[remat] = _Program(step, self._layout, **options)
+            self._programs[remat] = _Program(step, self._layout, **self._options)
         return self._programs[remat]
 
     def bytes(self, place: Splits, remat: Remat, microbatches: Any = 1, fsdp: Any = 1) -> ActivationBytes:
@@ -124,12 +129,13 @@ class ActivationMemory:
 class _Program:
     """One rematerialisation: what is kept, and the bodies with what is alive in them."""
 
-    def __init__(self, step: Step, layout: Layout, *, fused_attention: bool, accelerator: str):
+    def __init__(self, step: Step, layout: Layout, *, fused_attention: bool, accelerator: str, param_dtype: str):
         rows = layout.rows.rows
         self.arrays = Arrays([row.name for row in rows], [row.name for row in rows if row.role == "batch"])
         layers = count_layers(layout)
         scores = score_keys(step) if fused_attention else None
-        self.body = Body(self.arrays, step, step.table.scope, Where(), scores, accelerator=accelerator)
+        options: dict[str, Any] = {"accelerator": accelerator, "param_bytes": jnp.dtype(param_dtype).itemsize}
+        self.body = Body(self.arrays, step, step.table.scope, Where(), scores, **options)
         kept = self.body.kept()
         counts = _counts(kept)
         self._kept = [k.index for k in kept]
@@ -205,6 +211,7 @@ def step_bytes(
     ):
         elements += math.prod(leaf.shape) // layout.assignment.ways([a for entry in rest.entries for a in entry])
     optimizer = tree_bytes(abstract_opt_state, layout.state_specs(abstract_opt_state), layout.mesh_shape)
+    memory = memory or ActivationMemory(layout.traced, layout, (remat,), param_dtype=param_dtype)
     activations = activation_bytes(layout, remat, microbatches=microbatches, memory=memory)
     return StepBytes(elements * width, elements * max(width, 4), optimizer, activations)
 

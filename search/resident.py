@@ -22,6 +22,7 @@ The rules, each seen in buffers that XLA assigned (`benchmarks/memory_accuracy.p
   copy of it that was made before.
 * Copies of weights in another dtype are made as the weights rest: in a loop over layers of all layers at once, before
   the loop. Where fsdp does not split them, products outside of loops convert what they read without a copy.
+* Parameters stored wider than the loss takes them are converted before it, at rest, and stay until their last use.
 * With microbatches, copies of weights and what the forward pass gathered outside of loops are made once and kept.
 * What rests split over tensor between products (sequence parallelism) is gathered for them: from the first product that
   reads it to the last, of the forward pass and of the backward one.
@@ -38,6 +39,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.extend.core import Var
@@ -99,6 +101,7 @@ class Body:
         call: how the body is called, and in which body; none for the whole step.
         scale: devices of a `shard_map` around it, whose arrays are shards.
         accelerator: kind of device that the step is compiled for.
+        param_bytes: of an element of the stored parameters.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Body:
         call: tuple[Call, Body, Scope] | None = None,
         scale: int = 1,
         accelerator: str = "tpu",
+        param_bytes: int = SUM_BYTES,
     ):
         self.step, self.arrays, self.scores, self.scale = step, arrays, scores, scale
         self.accelerator = accelerator
@@ -148,6 +152,8 @@ class Body:
             self._run_inside(time, around, position, here)
         self._add_weights(scope, weights, loop, whole=call is None)
         self._add_values(scope, loop, whole=call is None)
+        if call is None:
+            self._add_casts(scope, weights, param_bytes)
 
     def _walk(self, scope: Scope, where: Where) -> None:
         """Number the equations in the order of the program, calls that are no loops inlined."""
@@ -248,6 +254,18 @@ class Body:
         for (root, _, size), times in self._copied.items():
             index = self._add(size, operands[root].dims)
             self.intervals.append(Interval(index, min(times), max(times), COPY, lasting=whole))
+
+    def _add_casts(self, scope: Scope, weights: Any, param_bytes: int) -> None:
+        """Add the parameters that the loss takes in a narrower dtype than they are stored in."""
+        traced = self.step.table.traced
+        for var in scope.jaxpr.invars[traced.arg_slice(self.step.layout.params)]:
+            value, dtype = (id(scope), var), dtype_of(var)
+            narrower = jnp.issubdtype(dtype, jnp.floating) and itemsize(dtype) < param_bytes
+            if narrower and value in self._last:
+                fused = value in weights and all(kind in PRODUCTS for _, _, kind in weights[value])
+                index = self._add(bytes_of(var), self.block.units.operands[value].dims)
+                kind = SHARD if fused else COPY
+                self.intervals.append(Interval(index, 0, self._last[value], kind, lasting=True))
 
     def _copy_of(self, value: Value) -> Value | None:
         """The weight that a value is a copy of in another dtype."""

@@ -86,6 +86,7 @@ class TracedModel:
             r: workload_of(step, fused_attention=fused_attention) for r, step in steps.items()
         }
         options: dict[str, Any] = {"fused_attention": fused_attention, "accelerator": cluster.accelerator.kind}
+        options["param_dtype"] = param_dtype
         self._memory = ActivationMemory(traced, self.layout, remats, steps=steps, **options)
         self.training = training
         self.repeats = count_layers(self.layout)
