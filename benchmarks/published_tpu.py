@@ -3,10 +3,11 @@
     REDCO_LIKE_GROUND_TRUTH=/data/published python benchmarks/published_tpu.py [--quick] [--only TEXT ...]
     REDCO_LIKE_GROUND_TRUTH=/data/published python benchmarks/published_tpu.py --write docs       also the plot
 
-Needs the extra tpu-aot and no TPU; 3 minutes where nothing else runs, `--quick` 4 rows. Every row of published_runs.csv that trained on
-TPU v4, v5e or v5p is built as published (sizes, batch, mesh, rematerialisation, attention, the compiler options of its
-scripts), compiled for its slices until buffers are assigned, and timed by `search.roofline.step_seconds`. The planner
-estimates the same plan with its shipped constants.
+Needs the extra tpu-aot and no TPU; 3 minutes where nothing else runs, `--quick` 4 rows. Every row of
+published_runs.csv that trained on TPU v4, v5e or v5p is built as published (sizes, batch, mesh, rematerialisation,
+attention, the compiler options of its scripts), compiled for its slices until buffers are assigned, and timed by
+`search.roofline.step_seconds`. The planner estimates the same plan with its shipped constants. A row whose
+rematerialisation no plan has is left out when the nearest that one has does not fit: it would be another program.
 
 Bars: at least 20 rows, mean absolute error at most 10 % over all of them. The shares of the roofline (0.9 of the peak,
 0.85 of the memory bandwidth, 0.5 for attention kernels) were set before the comparison, and nothing is fitted here. The
@@ -14,7 +15,9 @@ planner's constants were fitted on these rows among others (`redco-like validate
 
 The gap between the two is split into products, attention kernels, everything else that computes, and waiting by mesh
 axes; what makes a part differ (flops, the rate they attain, seconds on the wire) is computed from both sides and
-printed, and so is what further slices add to a step, published and estimated. Compiled programs are kept (`search.compiler.Cache`); --fresh compiles again.
+printed, and so is what further slices add to a step, published and estimated. Compiled programs are kept
+(`search.compiler.Cache`); --fresh compiles again.
+
 Exits with 1 when a bar is missed, with 2 without the data.
 """
 
