@@ -10,8 +10,10 @@ attention, the compiler options of its scripts), compiled for its slices until b
 rematerialisation no plan has is left out when the nearest that one has does not fit: it would be another program.
 
 Bars: at least 20 rows, mean absolute error at most 10 % over all of them. The shares of the roofline (0.9 of the peak,
-0.85 of the memory bandwidth, 0.5 for attention kernels) were set before the comparison, and nothing is fitted here. The
-planner's constants were fitted on these rows among others (`redco-like validate`), so that its error is not held out.
+0.85 of the memory bandwidth, 0.5 for attention kernels) were set before the comparison, and nothing is fitted here; its
+structure was mended once while these rows were read (links that carry both ways, a network between slices, groups whose
+masked blocks are skipped; each has a test). The planner's constants were fitted on these rows among others
+(`redco-like validate`), so that its error is not held out.
 
 The gap between the two is split into products, attention kernels, everything else that computes, and waiting by mesh
 axes; what makes a part differ (flops, the rate they attain, seconds on the wire) is computed from both sides and
