@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pipelines.kernels import kernels_for
 from pipelines.problem import layout_of, local_bytes
 from search import Plan
+from search.compiler_options import options_on
 from sharding_rules import PlanError, TracedFunction
 
 ARGUMENTS = ("params", "batch", "state")
@@ -88,7 +89,7 @@ class CachedProgram:
 
     @functools.cached_property
     def _executable(self) -> jax.stages.Compiled:
-        return self.lower().compile(compiler_options=dict(self.plan.compiler_options) or None)
+        return self.lower().compile(compiler_options=options_on(self.plan, self.mesh.devices.flat[0].platform))
 
     def step(self, params: Any, batch: Any, state: Any) -> tuple[Any, Any]:
         """Run it; the arguments lie as `shardings` say, and the cache is donated."""

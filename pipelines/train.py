@@ -51,6 +51,7 @@ from pipelines.problem import (
     trace_loss,
 )
 from search import Plan
+from search.compiler_options import options_on
 from sharding_rules import DATA, Layout, MeshShape, path_str
 
 STEP_STREAM = 2**31 - 1
@@ -297,7 +298,7 @@ class TrainProgram:
     def _executable(self) -> jax.stages.Compiled:
         # Called directly: as cheap as a call through jit (0.3 ms for a whole step of a tiny model, either way), and the
         # state's shapes can never make it compile again in silence.
-        return self.lower().compile(compiler_options=dict(self.plan.compiler_options) or None)
+        return self.lower().compile(compiler_options=options_on(self.plan, self.mesh.devices.flat[0].platform))
 
     def _shardings(self, specs: Any) -> Any:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))

@@ -30,13 +30,15 @@ out.
 On a torus (Jouppi 2023, arXiv:2304.01433; jax-ml.github.io/scaling-book/sharding). A dimension that closes is a ring
 that runs both ways, B = 2 links; one that does not is a line, 1 link; several dimensions work at once, B their sum.
 Members g apart share each link with g - 1 other groups, B/g. An all-to-all of m along a dimension is bound by its
-bisection, x = floor(m/2) ceil(m/2)/m V/B. A permute uses one link. Gathers over three dimensions are compiled as an
-all-reduce of zero-padded shards (seen in the HLO of libtpu 0.0.52 for v5p): twice the bytes.
+bisection, x = floor(m/2) ceil(m/2)/m V/B. A permute uses one link. A reduce-scatter over a whole slice is compiled as
+an all-reduce, twice the bytes, where the slice has three dimensions or is a square above 2x2 (`compiled_kind`; seen in
+the HLO of libtpu 0.0.42 for v4, v5e, v5p and v6e, closed or not; not on chips of two devices). Gathers are gathers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -47,8 +49,6 @@ from search.cluster import Cluster
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute"]
 Algorithm = Literal["best", "ring", "tree", "hierarchical"]
 Floats = npt.NDArray[np.float64]
-GATHER_DIMS = 2
-"""Torus dimensions that an all-gather or reduce-scatter may span before it is compiled as an all-reduce."""
 
 
 def collective_seconds(
@@ -94,7 +94,7 @@ def collective_seconds(
     elif kind == "all_to_all":
         options = [_all_to_all(group, volume)]
     elif algorithm == "hierarchical" or (algorithm == "best" and cluster.torus):
-        options = [_hierarchical(group, volume, kind)]
+        options = [_hierarchical(group, volume, kind, _scattered_whole(cluster))]
     else:
         options = [_ring(group, volume, kind)] if algorithm != "tree" or kind != "all_reduce" else []
         if kind == "all_reduce" and algorithm != "ring":
@@ -102,6 +102,27 @@ def collective_seconds(
     launch = launch + sum(np.where(reach.active, reach.level.launch, 0.0) for reach in group.reaches)
     seconds = np.minimum.reduce([_total(cluster, launch + hops, wire) for hops, wire in options])
     return np.where((group.size > 1) & (volume > 0), seconds, 0.0)
+
+
+def compiled_kind(cluster: Cluster, kind: Kind, members: int) -> Kind:
+    """Return what XLA makes of a collective over so many neighbours: of some reduce-scatters an all-reduce and a cut.
+
+    >>> from search.cluster import parse_cluster
+    >>> [compiled_kind(parse_cluster(name), "reduce_scatter", 16) for name in ("v5e:4x4", "v5e:4x8", "v5p:2x2x4")]
+    ['all_reduce', 'reduce_scatter', 'all_reduce']
+    """
+    whole = members == _scattered_whole(cluster)
+    return "all_reduce" if kind == "reduce_scatter" and whole else kind
+
+
+def _scattered_whole(cluster: Cluster) -> float:
+    """Devices of a slice over all of which nothing is reduce-scattered; infinity where it is."""
+    torus = cluster.torus
+    if torus is None or torus.devices_per_chip > 1:
+        return math.inf
+    dims = [n for n in torus.dims if n > 1]
+    square = len(dims) == 2 and dims[0] == dims[1] > 2
+    return math.prod(dims) if len(dims) == 3 or square else math.inf
 
 
 def lower_bound_seconds(cluster: Cluster, kind: Kind, bytes_: Any, size: Any) -> Floats:
@@ -208,7 +229,6 @@ class _Stage:
     inside: Floats
     bandwidth: Floats
     hop_seconds: Floats
-    dims: Floats
     level: _Level
 
 
@@ -228,7 +248,6 @@ class _Group:
                         r.inside,
                         r.bandwidth,
                         (r.members - 1) * r.level.latency,
-                        np.zeros_like(r.members),
                         r.level,
                     )
                     for r in chosen
@@ -241,7 +260,6 @@ class _Group:
                         chosen[0].inside,
                         np.sum([np.where(r.active, r.bandwidth, idle) for r in chosen], axis=0),
                         np.sum([np.where(r.active, r.hops * r.level.latency, idle) for r in chosen], axis=0),
-                        np.asarray(np.sum([r.active for r in chosen], axis=0), np.float64),
                         chosen[0].level,
                     )
                 )
@@ -327,7 +345,7 @@ def _ring(group: _Group, volume: Floats, kind: Kind) -> tuple[Floats, Floats]:
     for stage in group.stages():
         active = stage.members > 1
         bandwidth = np.where(active, stage.inside * stage.bandwidth, np.inf)
-        wire = np.maximum(wire, _passes(stage, kind) / bandwidth)
+        wire = np.maximum(wire, 1 / bandwidth)
         hop = np.maximum(hop, np.where(active, stage.level.latency, 0.0))
     return rounds * (n - 1) * hop, rounds * (n - 1) / n * volume * wire
 
@@ -345,20 +363,21 @@ def _tree(group: _Group, volume: Floats, *, switch: bool) -> tuple[Floats, Float
     return hops, volume * wire
 
 
-def _hierarchical(group: _Group, volume: Floats, kind: Kind) -> tuple[Floats, Floats]:
-    """Stage after stage, outwards on the shard that the inner stages leave (all-gather: inwards)."""
+def _hierarchical(group: _Group, volume: Floats, kind: Kind, whole: float) -> tuple[Floats, Floats]:
+    """Stage after stage, outwards on the shard that the inner stages leave (all-gather: inwards).
+
+    Args:
+        whole: members on the torus over which a reduce-scatter is an all-reduce.
+    """
     rounds = 2.0 if kind == "all_reduce" else 1.0
     hops, wire = np.zeros_like(group.size), np.zeros_like(group.size)
     for stage in group.stages():
         active = stage.members > 1
         bandwidth = np.where(active, stage.inside * stage.bandwidth, np.inf)
-        wire = wire + _passes(stage, kind) * (stage.members - 1) / stage.members / bandwidth
+        passes = np.where((stage.level.ring != "") & (stage.members == whole) & (kind == "reduce_scatter"), 2.0, 1.0)
+        wire = wire + passes * (stage.members - 1) / stage.members / bandwidth
         hops = hops + np.where(active, stage.hop_seconds, 0.0)
     return rounds * hops, rounds * volume * wire
-
-
-def _passes(stage: _Stage, kind: Kind) -> Floats:
-    return np.where((stage.dims > GATHER_DIMS) & (kind != "all_reduce"), 2.0, 1.0)
 
 
 def _all_to_all(group: _Group, volume: Floats) -> tuple[Floats, Floats]:

@@ -14,10 +14,11 @@ With M microbatches, C and X the seconds of compute and of collectives that may 
                  step, behind the backward pass of the last microbatch
 
 The makespan is that of `search.schedules`, exact: bubbles, uneven ends (embedding, head) and the transfers between
-stages are in it (Pipette's hidden critical path, arXiv 2405.18093, is what 1F1B's simulation shows). The optimizer's
-state sharded over data (ZeRO-1) turns the all-reduce of gradients into a reduce-scatter and a gather of parameters: the
-same seconds, of which the second half may hide behind the first forward pass. What is offloaded moves over the host's
-link: the optimizer's state once per step, activations behind the pass that makes or needs them.
+stages are in it (Pipette's hidden critical path, arXiv 2405.18093, is what 1F1B's simulation shows). With the
+optimizer's state sharded over data (ZeRO-1), gradients are summed as without, and the updated parameters are gathered
+at the end of the step: XLA:TPU sums gradients whole inside the backward loop and cuts them after it, and what lies at
+rest is whole. What is offloaded moves over the host's link: the optimizer's state once per step, activations behind the
+pass that makes or needs them.
 
 Not costed, though the compiled step has it: what moves where tokens are sorted over the whole batch.
 """
@@ -210,24 +211,19 @@ class CostModel:
         if place.stage > 1:
             weights_kn = one.weights_kn
             bubble = self._makespan(place, columns, passes_pkn, weights_kn, one, vocab, exact) - m * pick(each_kn)
-        # The sum of gradients hides behind the last backward pass, beside what hides there anyway. With a sharded
-        # optimizer its second half, the gather of parameters, hides behind the first forward pass. Of several chunks
+        # The sum of gradients hides behind the last backward pass, beside what hides there anyway. Of several chunks
         # only one waits: the others' collectives run behind its neighbours' work.
-        sharded = columns.flags("optimizer_sharding").astype(bool)
-        halves = (np.where(sharded, 0.5, 0.0), np.where(sharded, 0.5, 1.0))
-        step_xkn = np.zeros_like(one.step_hidden_xkn)
-        for p, half in enumerate(halves):
-            both_xkn = one.hidden_pxkn[p] + half * one.step_hidden_xkn
-            left_xkn = self.exposed(one.compute_pkn[p], both_xkn.sum(0))[None] * _share(both_xkn, axis=0)
-            step_xkn += (left_xkn - left_pxkn[p]) / columns.flags("chunks")
-        step_xkn += one.step_exposed_xkn
+        both_xkn = one.hidden_pxkn[1] + one.step_hidden_xkn
+        left_xkn = self.exposed(one.compute_pkn[1], both_xkn.sum(0))[None] * _share(both_xkn, axis=0)
+        step_xkn = (left_xkn - left_pxkn[1]) / columns.flags("chunks")
+        updated_xkn, updated_moved_xkn = self._updated(place, columns, vocab)
+        once_xkn = one.step_exposed_xkn + updated_xkn
+        step_xkn += once_xkn
         worst = _Picker(np.where(one.real_k[:, None], step_xkn.sum(0), -np.inf).argmax(0))
         exposed_xn = m * pick(exposed_pxkn.sum(0)) + worst(step_xkn)
         collectives_pxkn = one.hidden_pxkn + one.exposed_pxkn
-        collectives_xn = m * pick(collectives_pxkn.sum(0) + one.beside_xkn) + worst(
-            one.step_hidden_xkn + one.step_exposed_xkn
-        )
-        moved_xn = m * pick(one.moved_xkn) + worst(one.step_moved_xkn)
+        collectives_xn = m * pick(collectives_pxkn.sum(0) + one.beside_xkn) + worst(one.step_hidden_xkn + once_xkn)
+        moved_xn = m * pick(one.moved_xkn) + worst(one.step_moved_xkn + updated_moved_xkn)
         held_3n = self.held(place, columns)
         data = np.where(columns.flags("optimizer_sharding"), place.batch_shards / self._fsdp(place, columns), 1.0)
         update = 2 * held_3n[PARAMS] + held_3n[GRADIENTS] + 2 * held_3n[STATE]
@@ -319,6 +315,21 @@ class CostModel:
             Flow("all_reduce", (STAGE,), place.boundary_bytes * place.stage, split, phase, True, True, {"": 1.0})
             for phase in ("forward", "backward")
         ]
+
+    def _updated(self, place: Placement, columns: Columns, vocab: Vocab) -> tuple[Floats, Floats]:
+        """Of parameters that were updated in shards over data (ZeRO-1): seconds to gather them, and bytes; shape (mesh
+        axes, stages told apart, candidates).
+        """
+        weights_kr = place.stage_weights(vocab)
+        seconds, moved = (np.zeros((len(AXES), len(weights_kr), len(columns))) for _ in range(2))
+        sharded = columns.flags("optimizer_sharding").astype(bool)
+        if not sharded.any():
+            return seconds, moved
+        for flow, each, volume in self._flow_seconds(_update_flows(place), columns, *numbering(place, columns)):
+            on_stage_k = weights_kr[:, REGIONS.index(flow.region), None]
+            seconds[AXES.index(DATA)] += on_stage_k * np.where(sharded, each, 0.0)
+            moved[AXES.index(DATA)] += on_stage_k * np.where(sharded, volume, 0.0)
+        return seconds, moved
 
     def _makespan(
         self,
@@ -458,6 +469,10 @@ class CostModel:
         for flow, seconds, volume in self._flow_seconds(place.flows, columns, sizes, strides):
             runs = np.where(kept & flow.again, 0.0, 1.0)
             yield flow, seconds * self._waited(flow, sizes) * runs, volume * runs
+        sharded = np.where(columns.flags("optimizer_sharding"), 1.0, 0.0)
+        if sharded.any():
+            for flow, seconds, volume in self._flow_seconds(_update_flows(place), columns, sizes, strides):
+                yield flow, seconds * sharded, volume * sharded
 
     def _waited(self, flow: Flow, sizes: Mapping[str, Floats]) -> Floats:
         """Share of a collective's seconds that is waited for, or may hide behind compute as a whole."""
@@ -498,6 +513,17 @@ class CostModel:
 
     def _fsdp(self, place: Placement, columns: Columns) -> Floats:
         return np.array(place.fsdp_sizes, np.float64)[columns.fsdp]
+
+
+def _update_flows(place: Placement) -> list[Flow]:
+    """Gathers over data of parameters as they lie at rest, in their own dtype, by region; nothing is left to run beside
+    them.
+    """
+    params_rf = place.held[PARAMS]
+    return [
+        Flow("all_gather", (DATA,), params_f, (), "step", False, False, {"": 1.0}, region=region)
+        for region, params_f in zip(REGIONS, params_rf, strict=True)
+    ]
 
 
 def _alike(columns: Columns) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

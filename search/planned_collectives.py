@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
-from search.plan import Plan
+from search.collectives import compiled_kind
 from search.costing import candidate
 from search.placement import REGIONS
+from search.plan import Plan
 from search.space import Model
 
 
@@ -53,7 +55,8 @@ def collectives(model: Model, plan: Plan) -> list[Collective]:
         runs = 1 if flow.phase == "step" else plan.microbatches
         each = [runs * flow.times(plan.remat), runs * volume, runs * seconds]
         on_stages_k3 = np.outer(weights_kr[:, REGIONS.index(flow.region)], each)
-        key = (axes, flow.kind, flow.phase, flow.hides)
+        kind = compiled_kind(model.costs.cluster, flow.kind, math.prod(sizes[axis] for axis in axes))
+        key = (axes, kind, flow.phase, flow.hides)
         found[key] = found.get(key, 0.0) + on_stages_k3
     if not found:
         return []

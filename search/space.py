@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from search.accelerators import Accelerator, accelerators
 from search.cluster import Cluster
+from search.compiler_options import options_for
 from search.cost import CostModel
 from search.memory import ActivationBytes
 from search.placement import Columns, Placement, Variant, orders
@@ -263,7 +264,7 @@ class Space:
         plain = tuple(axis for axis, n in mesh.sizes.items() if n > 1)
         order = tuple(axis for axis in variant.order if mesh.sizes[axis] > 1)
         variant = dataclasses.replace(variant, order=() if order == plain else order)
-        return Plan(
+        plan = Plan(
             mesh,
             inner.preset(size),
             (),
@@ -271,6 +272,7 @@ class Space:
             self.model.costs.remats[int(columns.remat[row])],
             **{**dataclasses.asdict(variant), **self.model.plan_fields, **fields},
         )
+        return dataclasses.replace(plan, compiler_options=options_for(self.cluster.accelerator, plan))
 
     def _stages(self, devices: int) -> list[int]:
         if not self.allow_planned or STAGE in self.forbid:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.cluster import Cluster, Tier, Torus, parse_cluster
-from search.collectives import bus_bandwidth, collective_seconds, lower_bound_seconds
+from search.collectives import bus_bandwidth, collective_seconds, compiled_kind, lower_bound_seconds
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute")
 CLUSTERS = ("8xH100", "4x8xA100", "3x4xMI300X", "v5p:4x4x8", "v5e:4x16", "2*v5p:4x4x4", "2*tpu7x:2x2x1")
@@ -113,13 +113,43 @@ def test_torus_gather_uses_rings_lines_and_several_dimensions():
     assert collective_seconds(cluster, "all_gather", 1e9, 4, 2) == pytest.approx(3 / 4 * 1e9 / 50e9)
 
 
-def test_gather_over_three_torus_dimensions_moves_twice_the_bytes():
+def test_gather_over_three_torus_dimensions_is_a_gather():
     cluster = _plain(torus=Torus((4, 4, 4), (True, True, True), 100e9))
     two = collective_seconds(cluster, "all_gather", 1e9, 16)
     three = collective_seconds(cluster, "all_gather", 1e9, 64)
     assert two == pytest.approx(15 / 16 * 1e9 / 400e9)
-    assert three == pytest.approx(2 * 63 / 64 * 1e9 / 600e9)
-    assert collective_seconds(cluster, "all_reduce", 1e9, 64) == pytest.approx(three)
+    assert three == pytest.approx(63 / 64 * 1e9 / 600e9)
+
+
+# What libtpu 0.0.42 compiles `jax.lax.psum_scatter` to.
+COMPILED = {
+    "v5e:2x2": {4: "reduce_scatter"},
+    "v5e:2x4": {8: "reduce_scatter"},
+    "v5e:4x4": {4: "reduce_scatter", 8: "reduce_scatter", 16: "all_reduce"},
+    "2*v5e:4x4": {16: "all_reduce"},
+    "v5e:4x8": {32: "reduce_scatter"},
+    "v5e:8x16": {128: "reduce_scatter"},
+    "v5e:16x16": {16: "reduce_scatter", 256: "all_reduce"},
+    "v6e:8x8": {64: "all_reduce"},
+    "v5p:2x2x1": {4: "reduce_scatter"},
+    "v5p:2x2x2": {8: "all_reduce"},
+    "v5p:4x4x4": {16: "reduce_scatter", 32: "reduce_scatter", 64: "all_reduce"},
+    "v5p:4x4x8": {64: "reduce_scatter", 128: "all_reduce"},
+    "v4:2x2x4": {16: "all_reduce"},
+    "tpu7x:2x2x4": {16: "reduce_scatter", 32: "reduce_scatter"},
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_reduce_scatter_over_a_whole_slice_is_what_the_compiler_makes_of_it(name):
+    cluster = parse_cluster(name)
+    for members, kind in COMPILED[name].items():
+        assert compiled_kind(cluster, "reduce_scatter", members) == kind
+        assert compiled_kind(cluster, "all_gather", members) == "all_gather"
+        gather, scatter, both = (
+            collective_seconds(cluster, k, 1e12, members) for k in ("all_gather", "reduce_scatter", "all_reduce")
+        )
+        assert scatter == pytest.approx(both if kind == "all_reduce" else gather, rel=1e-3)
 
 
 @pytest.mark.parametrize("wrap", [False, True])
