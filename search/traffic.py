@@ -10,12 +10,14 @@ What they are follows from the pins of `sharding_rules` and from what XLA makes 
   split has a partial input gradient: all-reduced backward, once per activation (column parallel). With sequence
   parallelism each of the two is a reduce-scatter and an all-gather, and in a loop the input is gathered once more for
   the weight's gradient.
-* Over context, keys and values are gathered and their gradients scattered; in a loop they are gathered once more.
+* Over context, keys and values are gathered and their gradients scattered; in a loop they are gathered once more. Where
+  attention is one kernel they are kept for its backward pass, and gathered once more only if the kernel runs once more.
 * With more tensor shards than heads of keys, keys and values are whole: their gradients are summed over the shards of
   one head, then gathered.
 * A concatenated weight (fused QKV, gate and up) is used part by part: what lies elsewhere moves between neighbours. XLA
   moves that much over 2 shards, and 2 to 4 times as much over more.
-* What enters and leaves experts moves in all-to-alls.
+* What enters and leaves experts moves in all-to-alls. Calls of `experts` gather tokens over the axis that splits the
+  experts, once more in the backward pass, and scatter results; other axes see tokens, not a row for each choice.
 * Gradients of what fsdp splits are reduce-scattered; where another axis splits the batch too, they are all-reduced over
   both, whole, and then cut.
 """
@@ -34,7 +36,7 @@ from jax.extend.core import Var
 from search.placement import Flow, Placement
 from search.regions import Region, count_layers, op_regions, sequence_regions
 from search.workload import Workload
-from sharding_rules import AXES, BATCH_AXES, CONTEXT, EXPERT, FSDP, TENSOR, Layout
+from sharding_rules import AXES, BATCH_AXES, CONTEXT, EXPERT, FSDP, TENSOR, ExpertsCall, Layout
 from sharding_rules.axes import BATCH, PARAM, Contraction, Dims, Scope, leaves, shape_of, size_of
 from sharding_rules.primitives import ELEMENTWISE
 from sharding_rules.roles import spread
@@ -64,6 +66,7 @@ class _Product:
     Attributes:
         weight, keys: which operand (0 or 1) is the weight, and the keys or values of attention.
         segments: of each concatenation in the weight, the rows inside and the number of segments.
+        called: of a call of `experts`, whose rows are counted as tokens.
         again: how often it is repeated, per rematerialisation.
     """
 
@@ -77,6 +80,7 @@ class _Product:
     trained: bool
     segments: tuple[tuple[int, int], ...]
     ragged: bool
+    called: bool
     batch: int
     region: Region
     trips: int
@@ -144,7 +148,11 @@ class ActivationTraffic:
         self._sizes = [row.size for row in layout.rows.rows]
         self._outside_experts = self._rows_outside_experts()
         self._inside = {row.name: self._rows([(axis,) for axis in row.axes]) for row in layout.rows.rows}
+        calls = [c.operands for c in layout.table.calls.values() if isinstance(c.call, ExpertsCall)]
+        self._chosen = max((shape_of(operands[1])[-1] for operands in calls), default=0)
+        """Experts per token, of calls of `experts`."""
         layers = count_layers(layout)
+        self._kernel_again = _kernel_ratios(self.works.values())
         self._bundles = self._read_products(layers)
         self._lookups = self._read_lookups(layers)
 
@@ -203,10 +211,14 @@ class ActivationTraffic:
         inside = [(self._rows(found), sum(size_of(part) > 1 for part in found)) for found in segments]
         keys = self.layout.table.keys.get(c.out_key, ())
         rhs_from = len(c.lhs) - len(c.contracted)
+        lhs, rhs, out = (self._array(dims) for dims in (c.lhs, c.rhs, c.out))
+        called = c.kind == "ragged" and self._chosen > 0
+        if called:
+            lhs, out = (dataclasses.replace(x, elements=x.elements // self._chosen) for x in (lhs, out))
         return _Product(
-            lhs=self._array(c.lhs),
-            rhs=self._array(c.rhs),
-            out=self._array(c.out),
+            lhs=lhs,
+            rhs=rhs,
+            out=out,
             weight=weight,
             contracted=self._rows(c.contracted),
             attention=bool(c.lhs_origin & c.rhs_origin & PARAM),
@@ -214,6 +226,7 @@ class ActivationTraffic:
             trained=(c.lhs_origin | c.rhs_origin) & (PARAM | BATCH) == PARAM | BATCH and bool(origin & PARAM),
             segments=tuple(inside),
             ragged=c.kind == "ragged",
+            called=called,
             batch=self._rows(c.batch),
             region=region,
             trips=c.trips,
@@ -295,7 +308,16 @@ class ActivationTraffic:
                 # Its gradient is a sum over what tensor splits.
                 add("all_reduce", TENSOR, p.operand(p.weight), "backward")
             # A router makes the row of experts; experts' weights are multiplied one by one.
-            if place.expert > 1 and weight & self._experts and (p.ragged or p.batch & self._experts):
+            if place.expert > 1 and p.called:
+                if p.contracted & self._outside_experts and not routed:
+                    routed = True
+                    add("all_gather", EXPERT, x, "forward")
+                    add("all_gather", EXPERT, x, "backward")
+                    add("reduce_scatter", EXPERT, x, "backward")
+                if made & self._outside_experts:
+                    add("reduce_scatter", EXPERT, p.out, "forward")
+                    add("all_gather", EXPERT, p.out, "backward")
+            elif place.expert > 1 and weight & self._experts and (p.ragged or p.batch & self._experts):
                 if p.contracted & self._outside_experts and not routed:
                     routed = True
                     add("all_to_all", EXPERT, x, "forward")
@@ -323,7 +345,8 @@ class ActivationTraffic:
                 one = p.operand(int(rhs < lhs) if lhs != rhs else smaller if p.keys is None else p.keys)
                 add("all_gather", axis, one, "forward")
                 # Outside of loops, what was gathered is kept unless it is computed again.
-                add("all_gather", axis, one, "backward", None if p.trips > 1 else p.again)
+                again = None if p.trips > 1 else p.again
+                add("all_gather", axis, one, "backward", self._kernel_again or again)
                 add("reduce_scatter", axis, one, "backward")
             elif lhs and rhs and not out:
                 add("all_reduce", axis, p.out, "forward")
@@ -515,3 +538,17 @@ def _recompute_ratio(work: Workload) -> dict[tuple[frozenset[str], frozenset[str
             side = forward if op.phase == "forward" else again
             side[key] = side.get(key, 0.0) + op.trips
     return {key: again.get(key, 0.0) / trips for key, trips in forward.items()}
+
+
+def _kernel_ratios(works: Iterable[Workload]) -> list[float]:
+    """Of the attention kernels of the forward pass, how many the backward pass runs again; empty without kernels."""
+    out = []
+    for work in works:
+        phases = collections.Counter()
+        for op in work.ops:
+            if op.kind == "attention":
+                phases[op.phase] += op.trips
+        if not phases["forward"]:
+            return []
+        out.append(sum(n for phase, n in phases.items() if phase not in ("forward", "backward")) / phases["forward"])
+    return out

@@ -86,7 +86,7 @@ def experts(
 
 
 def experts_call(eqn: JaxprEqn) -> ExpertsCall | None:
-    """What a call in a jaxpr computes, if it is one of `experts`; derivatives and batches of calls are none."""
+    """What a call in a jaxpr computes, if it is one of `experts`; a derivative of such a call is none."""
     call = _BY_NAME.get(eqn.params.get("name", ""))
     body = eqn.params.get("jaxpr")
     if call is None or not isinstance(body, ClosedJaxpr) or len(eqn.invars) != 5 + call.gated:

@@ -32,7 +32,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding
 
@@ -59,8 +58,8 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 ACTIVATION = PARAM | BATCH
-GATHERED = "gathered"
-"""Name of the weights of `experts` with their fsdp shards gathered, which no loop keeps of all layers."""
+MOVES = frozenset("sharding_constraint all_gather all_gather_invariant pcast pvary reshape".split())
+"""Primitives that only move what is there."""
 OUTER_ROLES = frozenset({"batch", "length", "spatial"})
 
 
@@ -209,15 +208,14 @@ class Pinner:
 
         def run(*values: Any) -> Any:
             gathered = [
-                checkpoint_name(self.pin(x, scope.dims[a], spill=False), GATHERED) if weight else x
+                self.pin(x, scope.dims[a], spill=False) if weight else x
                 for x, a, weight in zip(values, operands, weights, strict=True)
             ]
             return kernels(call.call, self.mesh, gathered, specs)
 
         values = [whole(self._read(env, atom)) for atom in operands]
         if any(weights) and id(scope) in self._regathered:
-            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-            return jax.checkpoint(run, policy=policy, prevent_cse=False)(*values)
+            return jax.checkpoint(run, policy=_computed, prevent_cse=False)(*values)
         return run(*values)
 
     def _equation(self, scope: Scope, position: int, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
@@ -496,6 +494,11 @@ def _loops_over_layers(scope: Scope) -> bool:
 def whole(x: Any) -> Any:
     """Put pieces together; any other value as it is."""
     return x.whole() if isinstance(x, Pieces) else x
+
+
+def _computed(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: what was gathered is not kept for the backward pass, but gathered again."""
+    return primitive.name not in MOVES
 
 
 def _segments(dim: Dim) -> tuple[Dim, ...] | None:
