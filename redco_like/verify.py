@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from sharding_rules import PlanError
 
 PACKAGES = ("sharding_rules", "search", "pipelines", "redco_like")
 CHILD = "redco_like.compile_step"
+COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""What of the environment changes what a compiler makes."""
 PROBLEM = ("model", "seq_len", "global_batch", "optimizer", "dtype", "param_dtype", "task")
 """What of a problem's record decides the step."""
 Depth = Literal["fast", "full"]
@@ -79,6 +82,7 @@ def verify(
     }
     cache = Cache() if cache is None else cache
     key = {**request, "target": str(target), "versions": versions, "depth": depth, "source": source_digest()}
+    key["environment"] = {name: os.environ[name] for name in COMPILER_VARIABLES if name in os.environ}
     path = pathlib.Path(str(record["model"]))
     if path.is_file():
         key["model_file"] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -155,6 +155,11 @@ class TracedModel:
         beyond = [
             row.role == "kv_heads" and compute[i, -1] and row.size % inner.tensor > 0 for i, row in enumerate(rows)
         ]
+        if not self.training and CACHE in self._arguments and any(beyond):
+            heads = rows[beyond.index(True)].size
+            return (
+                f"tensor={inner.tensor} is more than the {heads} kv heads of the cache, which would be whole everywhere"
+            )
         sizes = tuple(divisors(inner.batch_shards))
         held = [self._held(layout, inner, fsdp) for fsdp in sizes]
         place = Placement(

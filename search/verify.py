@@ -215,8 +215,11 @@ def verification(
 def memory_bytes(compiled: Compiled) -> dict[str, int]:
     """Bytes per device by kind: the compiler's own analysis, or its memory report and what the child said."""
     said = compiled.said
+    spaces = dict(re.findall(r"Memory Space: (\w+) .*\nTotal bytes: (\d+)", compiled.memory_report))
     if compiled.out_of_memory:
-        sizes = {**dict.fromkeys(BYTES, 0), **said["bytes"], "total": _needed(compiled.out_of_memory)}
+        # The report is exact, the message rounded; where the compiler gave up early there is no report.
+        total = int(spaces["default"]) if "default" in spaces else _needed(compiled.out_of_memory)
+        sizes = {**dict.fromkeys(BYTES, 0), **said["bytes"], "total": total}
         return sizes | {"temporaries": max(0, sizes["total"] - sizes["arguments"] - sizes["results"])}
     analysis = said.get("memory")
     if analysis:
@@ -230,7 +233,6 @@ def memory_bytes(compiled: Compiled) -> dict[str, int]:
             "host": host - analysis.get("host_alias", 0),
             "total": total,
         }
-    spaces = dict(re.findall(r"Memory Space: (\w+) .*\nTotal bytes: (\d+)", compiled.memory_report))
     total = int(spaces["default"])
     arguments, results = said["bytes"]["arguments"], said["bytes"]["results"]
     return {
