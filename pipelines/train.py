@@ -311,7 +311,8 @@ class TrainProgram:
         if plan.compute_dtype != plan.param_dtype:  # cast before gathering, so that fewer bytes move
             weights = jax.lax.with_sharding_constraint(weights, self._param_shardings)
         trainable, fixed = split_trainable(weights)
-        at_rest = split_trainable_like(self._param_shardings, self._values.params)
+        # With the optimizer's state split over data, sums over microbatches are too: whole, each would be gathered.
+        at_rest = split_trainable_like(self._update_shardings, self._values.params)
 
         def one(microbatch: Any, index: Any, model_state: Any) -> tuple[Any, dict[str, tuple[Any, Any]], Any]:
             def total_of(trainable: Any) -> tuple[jax.Array, dict[str, Any]]:

@@ -404,7 +404,7 @@ class CostModel:
                 size = math.prod(sizes[axis] for axis in flow.axes)
                 volume = float(np.min(flow.bytes)) / math.prod(sizes[axis] for axis in flow.split)
                 once = lower_bound_seconds(self.cluster, flow.kind, volume, size)
-                waited = self.efficiency.waited(flow.axes, size)
+                waited = 1.0 if flow.kind == "all_reduce" else self.efficiency.waited(flow.axes, size)
                 seconds += float(waited / attained * once) * flow.times(self.remats[remat])
         held_3f = place.held.sum(1)
         update = float((2 * held_3f[PARAMS] + held_3f[GRADIENTS] + 2 * held_3f[STATE]).min())
@@ -477,7 +477,8 @@ class CostModel:
     def _waited(self, flow: Flow, sizes: Mapping[str, Floats]) -> Floats:
         """Share of a collective's seconds that is waited for, or may hide behind compute as a whole."""
         size = math.prod((sizes[axis] for axis in flow.axes), start=np.ones_like(sizes[DATA]))
-        whole = flow.hides or flow.phase == "step"
+        # Of an all-reduce nothing can start before the whole product is there: no pieces to run beside what they feed.
+        whole = flow.hides or flow.phase == "step" or flow.kind == "all_reduce"
         return np.ones_like(size) if whole else self.efficiency.waited(flow.axes, size)
 
     def _flow_seconds(
