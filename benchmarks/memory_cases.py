@@ -269,7 +269,7 @@ CASES: list[Case] = [
         ("llama-3-8b", "fsdp=8 fsdp full 1", 16, 8, 8192),
         ("llama-3-8b", "fsdp=8 fsdp none 1", 16, 4, 8192),
         ("llama-3.2-1b", "data=8 data dots 2 zero1", 32, 8, 4096),
-        ("mistral-7b", "fsdp=4,tensor=2 fsdp+megatron dots 1", 16, 4, 8192),
+        ("qwen2.5-7b", "fsdp=4,tensor=2 fsdp+megatron dots 1", 16, 4, 8192),
         ("qwen3-14b", "fsdp=2,tensor=4 fsdp+megatron+sequence full 1", 16, 4, 8192),
         ("gpt3-6.7b", "fsdp=8 fsdp full 4", 64, 8, 2048),
         attention="fused",

@@ -65,6 +65,9 @@ def memory_parts(model: Model, place: Placement, columns: Columns) -> dict[str, 
             params, gradients, state = np.einsum("r,prn->pn", weights_kr[k], place.held[:, :, columns.fsdp[here]])
             whole = params * np.where(kept[here], fsdp_n[here] * width / stored, 0.0)
             state = state / np.where(variant.optimizer_sharding, data_n[here], 1.0)
+            # Sums over microbatches are split as the optimizer that reads them; one gradient is whole before.
+            summed = variant.optimizer_sharding & (m > 1)
+            gradients = gradients / np.where(summed, data_n[here], 1.0)
             held = flight[-1 if k else 0]
             ends = outside[here] * (1 / p if variant.vocab == "spread" else 1.0 if k or p == 1 else 0.0)
             activations = held * (layers[here] / p) + ends

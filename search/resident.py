@@ -27,7 +27,8 @@ The rules, each seen in buffers that XLA assigned (`benchmarks/memory_accuracy.p
 * What rests split over tensor between products (sequence parallelism) is gathered for them: from the first product that
   reads it to the last, of the forward pass and of the backward one.
 * A product that is only converted to a wider dtype is written in that one. Where a label is picked, its gradient (one
-  element per row, put into zeros) is part of the loops that read it.
+  element per row, put into zeros) is part of the loops that read it. Without microbatches, XLA for
+  GPUs makes one of constants before the forward pass, and the zeros that other lookups' gradients are added to after it.
 * Lookups along the batch and products of tokens sorted by expert work on the whole batch on every device; the result of
   such a product is whole until what follows has read it. XLA for GPUs multiplies every token with every expert there.
 """
@@ -42,20 +43,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.extend.core import Var
+from jax.extend.core import JaxprEqn, Var
 
 from search.attention import axes_key
 from search.fusion import INLINED, Block, Where
-from search.liveness import CHECKPOINTS, Call, Step, bytes_of, calls, dtype_of, itemsize
+from search.liveness import CHECKPOINTS, COTANGENT, Call, Step, bytes_of, calls, dtype_of, itemsize
 from search.shares import Arrays
 from search.stored import LOOPED, PRODUCTS, Stored
 from search.units import Unit, Value
+from sharding_rules import ExpertsCall
 from sharding_rules.axes import Dims, Scope, loop_parts, shape_of
 
 Floats = npt.NDArray[np.float64]
-VALUE, GRADIENT, GATHERED, COPY, SHARD = range(5)
+VALUE, GRADIENT, GATHERED, COPY, SHARD, EARLY = range(6)
 """Kinds of intervals: a value of the step; the gradient of a parameter, at rest; a weight gathered over fsdp; a copy of
-a weight, at rest; the same where it exists only if fsdp splits it."""
+a weight, at rest; the same where it exists only if fsdp splits it; a value before its time, without microbatches."""
 SUM_BYTES = 4
 """Bytes of an element of summed gradients, at least."""
 
@@ -66,7 +68,7 @@ class Interval:
 
     Attributes:
         index: in the arrays of the step.
-        kind: VALUE, GRADIENT, GATHERED, COPY or SHARD.
+        kind: VALUE, GRADIENT, GATHERED, COPY, SHARD or EARLY.
         sign: -1 where a loop's carry may be written over.
         lasting: with microbatches, there all the time.
     """
@@ -133,6 +135,8 @@ class Body:
         self._nested: list[tuple[int, Scope, int, Where]] = []
         self._values: dict[int, Value] = {}
         self._copied: dict[tuple[Value, str, int], list[int]] = {}
+        self._widths: dict[int, int] = {}
+        """Of gradients: how many times as wide their sums are."""
         self._now = self._boundary = 0
         loop = call[0].loop if call is not None else (0, 0)
         if call is not None:
@@ -294,8 +298,17 @@ class Body:
             operand = operands[value]
             if operand.bytes == 0 or (self.scores is not None and _is_score(operand.dims, self.scores)):
                 continue
-            if self._is_selection(value):
-                continue
+            source = self._into_zeros(value)
+            if source is not None:
+                constant = all(map(self._is_constant, self.roots(self._scopes[value[0]], source.invars[2])))
+                early = self.accelerator == "gpu" and whole
+                selection = self._is_selection(value, source)
+                if early and (constant or not selection):
+                    first = 0 if constant else self._boundary
+                    stop = max(self._last.get(value, begin), begin) if selection else begin - 1
+                    self.intervals.append(Interval(self._add(operand.bytes, operand.dims), first, stop, EARLY))
+                if selection:
+                    continue
             index = self._add(operand.bytes, operand.dims)
             self._values[index] = value
             if value not in gradients:
@@ -304,8 +317,9 @@ class Body:
                 kind = COPY if operand.weight and begin in loops else VALUE
                 self.intervals.append(Interval(index, begin, stop, kind))
                 continue
-            width = max(1, SUM_BYTES // itemsize(dtype_of(value[1])))
-            self.intervals.append(Interval(self._add(operand.bytes * width, operand.dims), begin, end, GRADIENT))
+            rest = self._add(operand.bytes, operand.dims)
+            self._widths[rest] = max(1, SUM_BYTES // itemsize(dtype_of(value[1])))
+            self.intervals.append(Interval(rest, begin, end, GRADIENT))
             if begin not in loops:
                 self.intervals.append(Interval(index, begin, begin, VALUE))
         for var in scope.jaxpr.invars[loop[0] : sum(loop)]:
@@ -314,23 +328,29 @@ class Body:
                 index = self._add(bytes_of(var), operands[value].dims)
                 self.intervals.append(Interval(index, self._last.get(value, 0) + 1, end, VALUE, -1.0))
 
-    def _is_selection(self, value: Value) -> bool:
-        """Whether a value is one element per row put into zeros, and only read by fused loops: part of these.
+    def _into_zeros(self, value: Value) -> JaxprEqn | None:
+        """The equation that makes a value by adding into zeros, as the gradient of a lookup is made."""
+        index = self.block.units.producer.get(value)
+        source = self.block.units.units[index].source if index is not None else None
+        if source is None or source.primitive.name != "scatter-add":
+            return None
+        return None if self.roots(self._scopes[value[0]], source.invars[0]) else source
+
+    def _is_constant(self, value: Value) -> bool:
+        """Whether a value is the loss's cotangent, which is one, or computed from nothing else."""
+        index = self.block.units.producer.get(value)
+        if index is not None:
+            return all(map(self._is_constant, self.block.units.units[index].reads))
+        table = self.step.table
+        return value[0] == id(table.scope) and value[1] in table.scope.jaxpr.invars[table.traced.arg_slice(COTANGENT)]
+
+    def _is_selection(self, value: Value, source: JaxprEqn) -> bool:
+        """Whether what is put into zeros is one element per row, and only read by fused loops: part of these.
 
         So is the gradient of a loss that picks the label's logit.
         """
-        units = self.block.units
-        index = units.producer.get(value)
-        source = units.units[index].source if index is not None else None
-        if (
-            source is None
-            or source.primitive.name != "scatter-add"
-            or self.roots(self._scopes[value[0]], source.invars[0])
-        ):
-            return False
-        numbers = source.params["dimension_numbers"]
-        single = not numbers.update_window_dims
-        return single and all(self._reader_kind(r) in LOOPED for r in units.readers.get(value, ()))
+        single = not source.params["dimension_numbers"].update_window_dims
+        return single and all(self._reader_kind(r) in LOOPED for r in self.block.units.readers.get(value, ()))
 
     def _converted(self, value: Value) -> Value | None:
         """What a product is written as: the wider array that is all that is made of it, where that is in memory."""
@@ -355,8 +375,10 @@ class Body:
     def _add_whole(self, unit: Unit) -> None:
         """Add what works on the whole batch on every device: lookups along it, and products of sorted tokens.
 
-        XLA has no partitioned form of either.
+        XLA has no partitioned form of either. Calls of `experts` are none: every device sorts its own tokens.
         """
+        if any(isinstance(c.call, ExpertsCall) for c in self.step.layout.table.calls.values()):
+            return
         eqn = unit.source
         if unit.kind == "ragged":
             along = eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
@@ -454,8 +476,8 @@ class Body:
                 body.freeze()
 
     def gradients(self, local_v: Floats) -> float:
-        """Bytes of all gradients at rest on one device, before fsdp splits them."""
-        return float(sum(local_v[index_i].sum() for (kind, _, _), index_i, _, _ in self._groups if kind == GRADIENT))
+        """Bytes of the sums of all gradients on one device, before fsdp splits them."""
+        return float(sum(local_v[index] * width for index, width in self._widths.items()))
 
     def peak(self, local_v: Floats, parts_n: Floats, fsdp_n: Floats) -> tuple[Floats, Floats, Floats]:
         """Most bytes alive at once; among them those of gathered weights, and of what loops hold of all layers.
@@ -501,6 +523,7 @@ class Body:
             GATHERED: split_n.astype(np.float64),
             COPY: 1 / fsdp_n,
             SHARD: np.where(split_n, 1 / fsdp_n, 0.0),
+            EARLY: np.where(parts_n > 1, 0.0, 1.0),
         }[kind] / (parts_n if shrinks else 1.0)
         never_n, one = np.zeros_like(parts_n), parts_n <= 1
         if kind == GRADIENT:
