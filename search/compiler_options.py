@@ -12,13 +12,13 @@ operation that the program waits for. The names are those of MaxText's published
 |---|---|---|
 | `GATHERS` | all | v6e:8x8, 8B, fsdp=64: 13 % beyond `SUMS`; none on v5e, where it is the default |
 | `SUMS` | no activations summed | v5p:4x4x4, 8B, fsdp=64: 9 %; v6e:8x8: 20 % with `GATHERS`; v5e:4x4, 1B: 4 % |
-| `SCATTERS` | fsdp, sequence | v5e:4x4, 1B, fsdp=4 tensor=4, sequence: 1 % |
+| `SCATTERS` | fsdp, sequence | with sequence: v5e:4x4, 1B, fsdp=4 tensor=4: 1 %; v6e:8x8, 8B, fsdp=16 tensor=4: 3 % |
 
 `SUMS` is left out where tensor sums whole activations: there it is 10 % faster (v5e:4x4, 1B, data=4 tensor=4) in 12 %
 more memory, which estimates do not count. Without effect on any plan tried, and so not here: optimisations of data
-parallel all-reduces (`xla_tpu_enable_data_parallel_all_reduce_opt`, for slices joined by a network), asynchronous
-reduce-scatter fusions, two- and three-dimensional reduce-scatters, the threshold of windowed einsums (gathers of
-parameters are pinned here, so they are never windowed; with sequence parallelism windows are 1 % faster).
+parallel all-reduces (`xla_tpu_enable_data_parallel_all_reduce_opt`, for slices joined by a network), two- and
+three-dimensional reduce-scatters, all experimental features of the scheduler, the threshold of windowed einsums
+(gathers of parameters are pinned here, so they are never windowed; with sequence parallelism windows are 1 % faster).
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ SUMS: Options = (
 """Gradients are summed behind the backward pass. Those of a layer are joined in one all-reduce unless told otherwise,
 which can start only when the last of them is there; below 1 MiB they stay joined, since each costs a launch."""
 SCATTERS: Options = (
+    ("xla_enable_async_reduce_scatter_fusion", "true"),
+    ("xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter", "true"),
     ("xla_tpu_assign_all_reduce_scatter_layout", "true"),
     ("xla_tpu_relayout_group_size_threshold_for_reduce_scatter", "1"),
     ("xla_tpu_use_minor_sharding_for_major_trivial_input", "true"),
 )
-"""Layouts in which a reduce-scatter needs no padding and no exchange with a neighbour after it."""
+"""Reduce-scatters behind compute, in layouts that need no padding and no exchange with a neighbour after it."""
 TPU_PREFIXES = ("xla_tpu_", "xla_jf_", "xla_enable_async_")
 
 
