@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from search import Cluster, Plan, Space, TracedModel, solve
-from search.attention import runs_as_kernel
+from search.attention import axes_without_kernel, runs_as_kernel
 from search.costing import Costed
 from sharding_rules import DATA, FSDP, TENSOR, MeshShape, PlanError, TracedFunction
 
@@ -89,7 +89,12 @@ def _search(
     options: dict[str, Any] = {} if training else {"training": False, "remats": ("none",)}
     model = TracedModel(traced, opt_state, cluster, fused_attention=fused, **options)
     fixed: dict[str, Any] = {} if mesh is None else dict(mesh.sizes)
-    result = solve(Space(model, cluster, fix=fixed if training else fixed | {"microbatches": 1}), runners_up=1)
+    # Axes that the attention kernels do not split over, but for those that the caller has asked for.
+    whole = axes_without_kernel(cluster.accelerator.kind, model.plan_fields["attention"])
+    forbid = [axis for axis in whole if fixed.get(axis, 1) == 1]
+    fixed = {name: size for name, size in fixed.items() if name not in forbid}
+    space = Space(model, cluster, fix=fixed if training else fixed | {"microbatches": 1}, forbid=forbid)
+    result = solve(space, runners_up=1)
     if result.best is None:
         raise PlanError(result.advice)
     best = result.best

@@ -13,8 +13,19 @@ from jax.extend.core import Var
 from search.kinds import LOOPS, VIEWS
 from search.liveness import Phase, Step, analyse_step, calls
 from search.units import Units, Value
-from sharding_rules import AttentionCall, TracedFunction
+from sharding_rules import CONTEXT, AttentionCall, TracedFunction
 from sharding_rules.axes import BATCH, Dims, Scope, leaves
+
+
+def axes_without_kernel(kind: str, attention: str) -> tuple[str, ...]:
+    """Mesh axes that the platform's attention kernels cannot split over, so that a plan with them would run plainly.
+
+    Those of GPUs take whole sequences (`pipelines.attention`); splash attention on TPUs splits its queries.
+
+    >>> axes_without_kernel("gpu", "fused"), axes_without_kernel("tpu", "fused"), axes_without_kernel("gpu", "plain")
+    (('context',), (), ())
+    """
+    return (CONTEXT,) if kind == "gpu" and attention == "fused" else ()
 
 
 def axes_key(dims: Dims) -> frozenset[Any]:

@@ -591,3 +591,15 @@ def test_plan_as_a_process_uses_no_accelerator(run_file):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
     assert done.stderr == ""
+
+
+def test_context_is_not_planned_where_attention_kernels_take_whole_sequences(run):
+    problem = ("plan", "--model", "gpt2", "--cluster", "8xH100", "--seq-len", 1024, "--global-batch", 8, "--json")
+    code, out, _ = run(*problem)
+    assert code == 0
+    assert all(entry["plan"]["mesh"]["context"] == 1 for entry in json.loads(out)["pareto"])
+    code, _, err = run(*problem, "--fix", "context=2")
+    assert code == 2
+    assert "take whole sequences" in err
+    code, out, _ = run(*problem, "--fix", "context=2", "--attention", "plain")
+    assert (code, json.loads(out)["plan"]["mesh"]["context"]) == (0, 2)
