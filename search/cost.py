@@ -311,6 +311,7 @@ class CostModel:
         if vocab == "ends" or place.stage == 1:
             return []
         split = place.boundary_split
+        # All stages take part in each: times their number, since what is told of a region is shared out over them.
         return [
             Flow("all_reduce", (STAGE,), place.boundary_bytes * place.stage, split, phase, True, True, {"": 1.0})
             for phase in ("forward", "backward")

@@ -104,6 +104,14 @@ def test_equal_stages_take_the_closed_form(model):
     assert parts["bubble"] > bubble
 
 
+def test_a_spread_vocabulary_sums_the_last_activation_once_per_pass_on_every_stage(model):
+    for microbatches in (1, 4):
+        place, columns = candidate(model, stage_plan(vocab="spread", microbatches=microbatches))
+        local = math.prod(getattr(place.mesh(1), axis) for axis in place.boundary_split)
+        moved = model.costs.seconds(place, columns).moved["stage"]
+        assert moved == pytest.approx(2 * place.boundary_bytes / local)
+
+
 @pytest.mark.parametrize("schedule, chunks", [("gpipe", 1), ("1f1b", 1), ("zb_h1", 1)])
 @pytest.mark.parametrize("vocab", ["ends", "spread"])
 def test_the_timeline_is_the_estimate(model, schedule, chunks, vocab):
