@@ -108,8 +108,8 @@ def test_no_token_is_dropped_where_all_choose_the_same_experts(per_token, gated,
     "name, mesh, preset, remat",
     [
         ("mixtral-8x7b", "fsdp=2,expert=2,tensor=2", "fsdp+megatron+sequence", "none"),
-        ("mixtral-8x7b", "fsdp=4,tensor=2", "fsdp+megatron", "full"),
-        ("mixtral-8x7b", "data=2,context=2,expert=2", "data", "dots"),
+        pytest.param("mixtral-8x7b", "fsdp=4,tensor=2", "fsdp+megatron", "full", marks=pytest.mark.slow),
+        pytest.param("mixtral-8x7b", "data=2,context=2,expert=2", "data", "dots", marks=pytest.mark.slow),
         ("deepseek-v3", "fsdp=2,expert=2,tensor=2", "fsdp+megatron+sequence", "full"),
     ],
 )
