@@ -28,7 +28,7 @@ The rules, each seen in buffers that XLA assigned (`benchmarks/memory_accuracy.p
   reads it to the last, of the forward pass and of the backward one.
 * A product that is only converted to a wider dtype is written in that one. Where a label is picked, its gradient (one
   element per row, put into zeros) is part of the loops that read it. Without microbatches, XLA for
-  GPUs makes one of constants before the forward pass, and the zeros that other lookups' gradients are added to after it.
+  GPUs makes one of constants before the forward pass, and the zeros of other lookups' gradients right after it.
 * Lookups along the batch and products of tokens sorted by expert work on the whole batch on every device; the result of
   such a product is whole until what follows has read it. XLA for GPUs multiplies every token with every expert there.
 """
