@@ -71,7 +71,9 @@ def describe(
     if plan.rules:
         lines.append(("rules", "; ".join(f"{pattern} as {_spec(spec)}" for pattern, spec in plan.rules)))
     if plan.compiler_options:
-        listed = ", ".join(f"{name.removeprefix('xla_')}={value}" for name, value in plan.compiler_options)
+        count, (name, value) = len(plan.compiler_options), plan.compiler_options[-1]
+        others = f" and {count - 1} others, which the plan's file lists" if count > 1 else ""
+        listed = f"{name}={value}{others}"
         lines.append(("XLA options", listed))
     if plan.planned:
         lines.append(("not run yet", f"Trainer cannot execute {', '.join(plan.planned)}"))
