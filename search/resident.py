@@ -14,7 +14,8 @@ the peak of its own body:
 The rules, each seen in buffers that XLA assigned (`benchmarks/memory_accuracy.py`):
 
 * A loop writes over its carry. Fused loops have results of their own, also where an operand is read for the last time.
-* A gradient is counted as it rests, from when it is made to the end, besides whole while it is made outside of loops.
+* A gradient is counted as it rests, from when it is made to the end, besides whole while it is made outside of loops;
+  there on TPUs twice where fsdp splits it, since what is scattered has another layout.
   With microbatches the sums of gradients are there all the time, and are not counted here: gradients that a loop over
   layers stacks lie beside them, others are added at once.
 * A weight split over fsdp is gathered where products use it, from the first use to the last: in a loop one layer at a
@@ -55,9 +56,10 @@ from sharding_rules import ExpertsCall
 from sharding_rules.axes import Dims, Scope, loop_parts, shape_of
 
 Floats = npt.NDArray[np.float64]
-VALUE, GRADIENT, GATHERED, COPY, SHARD, EARLY = range(6)
+VALUE, GRADIENT, GATHERED, COPY, SHARD, EARLY, SENT = range(7)
 """Kinds of intervals: a value of the step; the gradient of a parameter, at rest; a weight gathered over fsdp; a copy of
-a weight, at rest; the same where it exists only if fsdp splits it; a value before its time, without microbatches."""
+a weight, at rest; the same where it exists only if fsdp splits it; a value before its time, without microbatches;
+the gradient of a parameter as it is scattered, where fsdp splits it."""
 SUM_BYTES = 4
 """Bytes of an element of summed gradients, at least."""
 
@@ -68,7 +70,7 @@ class Interval:
 
     Attributes:
         index: in the arrays of the step.
-        kind: VALUE, GRADIENT, GATHERED, COPY, SHARD or EARLY.
+        kind: VALUE, GRADIENT, GATHERED, COPY, SHARD, EARLY or SENT.
         sign: -1 where a loop's carry may be written over.
         lasting: with microbatches, there all the time.
     """
@@ -322,6 +324,8 @@ class Body:
             self.intervals.append(Interval(rest, begin, end, GRADIENT))
             if begin not in loops:
                 self.intervals.append(Interval(index, begin, begin, VALUE))
+                if self.accelerator == "tpu":
+                    self.intervals.append(Interval(index, begin, begin, SENT))
         for var in scope.jaxpr.invars[loop[0] : sum(loop)]:
             value = (id(scope), var)
             if value in operands and bytes_of(var):
@@ -524,6 +528,7 @@ class Body:
             COPY: 1 / fsdp_n,
             SHARD: np.where(split_n, 1 / fsdp_n, 0.0),
             EARLY: np.where(parts_n > 1, 0.0, 1.0),
+            SENT: split_n.astype(np.float64),
         }[kind] / (parts_n if shrinks else 1.0)
         never_n, one = np.zeros_like(parts_n), parts_n <= 1
         if kind == GRADIENT:
