@@ -127,24 +127,39 @@ def plans_of(loaded: Loaded) -> list[Plan]:
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """Why bytes differ where they are known to: over which axes, in which plans."""
+    """Why bytes differ where they are known to: over which axes, in which plans, at which share of the memory."""
 
-    axis: str
-    where: Callable[[Plan], bool]
+    axes: tuple[str, ...]
+    where: Callable[[Plan, float], bool]
     text: str
 
 
+FULL = 0.9
+"""Of the device's memory."""
 CAUSES = (
     Cause(
-        "tensor",
-        lambda plan: "sequence" in plan.preset,
+        ("tensor",),
+        lambda plan, full: "sequence" in plan.preset,
         "with sequence parallelism XLA chooses which gathered activations it keeps for the gradients of weights and "
         "which it gathers again, and windowed products move pieces by permutes",
     ),
     Cause(
-        "fsdp",
-        lambda plan: plan.mesh.context > 1,
-        "beside context the table of the vocabulary is gathered once more for the backward pass",
+        ("fsdp", "context", "fsdp+context"),
+        lambda plan, full: plan.mesh.context > 1 and plan.mesh.fsdp > 1 and plan.mesh.data == 1,
+        "XLA for TPUs and GPUs sums gradients in one all-reduce over fsdp and context and cuts them; the planner has a "
+        "reduce-scatter over fsdp and an all-reduce over context",
+    ),
+    Cause(
+        ("fsdp",),
+        lambda plan, full: full > FULL,
+        "with the memory nearly full XLA does not keep the gathered table of the vocabulary but gathers it once more "
+        "(.remat in the compiled program)",
+    ),
+    Cause(
+        ("data",),
+        lambda plan, full: plan.optimizer_sharding and not plan.compiler_options,  # which plans for GPUs have none of
+        "XLA for GPUs reduce-scatters gradients that the optimizer takes in shards; the planner has the all-reduce of "
+        "XLA for TPUs",
     ),
 )
 
@@ -170,8 +185,13 @@ def words(plan: Plan) -> str:
     return " ".join([sizes, plan.remat, f"m{plan.microbatches}", *extra, *order])
 
 
-def bytes_off(plan: Plan, traffic: Iterable[Traffic]) -> tuple[dict[str, Any], ...]:
-    """Sets of mesh axes whose planned bytes are not the compiled ones, with the cause, or None."""
+def bytes_off(plan: Plan, traffic: Iterable[Traffic], full: float) -> tuple[dict[str, Any], ...]:
+    """Sets of mesh axes whose planned bytes are not the compiled ones, with the cause, or None.
+
+    Args:
+        plan, traffic: of one verification.
+        full: share of the device's memory that the program takes.
+    """
     rows = list(traffic)
     total = sum(max(row.sent, row.planned) for row in rows)
     out = []
@@ -179,10 +199,9 @@ def bytes_off(plan: Plan, traffic: Iterable[Traffic]) -> tuple[dict[str, Any], .
         larger = max(row.sent, row.planned)
         if larger < SMALL_SHARE * total or abs(row.planned - row.sent) <= MOST_BYTES * row.sent:
             continue
-        why = [cause.text for cause in CAUSES if row.axes == (cause.axis,) and cause.where(plan)]
-        out.append(
-            {"axes": "+".join(row.axes), "sent": row.sent, "planned": row.planned, "cause": why[0] if why else None}
-        )
+        axes = "+".join(row.axes)
+        why = [cause.text for cause in CAUSES if axes in cause.axes and cause.where(plan, full)]
+        out.append({"axes": axes, "sent": row.sent, "planned": row.planned, "cause": why[0] if why else None})
     return tuple(out)
 
 
@@ -208,7 +227,7 @@ def compare(case: Case, check: Callable[[Loaded, Plan], Verification], tell: Cal
             found.planned_bytes / 2**30,
             found.bytes["total"] / 2**30,
             found.fits,
-            bytes_off(plan, found.traffic),
+            bytes_off(plan, found.traffic, found.bytes["total"] / found.usable_bytes),
         )
         rows.append(row)
         seconds = f"{1e3 * found.seconds:7.0f} ms" if found.seconds else "no program"
