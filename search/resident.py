@@ -15,7 +15,7 @@ The rules, each seen in buffers that XLA assigned (`benchmarks/memory_accuracy.p
 
 * A loop writes over its carry. Fused loops have results of their own, also where an operand is read for the last time.
 * A gradient is counted as it rests, from when it is made to the end, besides whole while it is made outside of loops;
-  there on TPUs twice where fsdp splits it, since what is scattered has another layout.
+  there on TPUs twice where fsdp splits it and it is not converted: what is scattered has another layout.
   With microbatches the sums of gradients are there all the time, and are not counted here: gradients that a loop over
   layers stacks lie beside them, others are added at once.
 * A weight split over fsdp is gathered where products use it, from the first use to the last: in a loop one layer at a
@@ -324,7 +324,9 @@ class Body:
             self.intervals.append(Interval(rest, begin, end, GRADIENT))
             if begin not in loops:
                 self.intervals.append(Interval(index, begin, begin, VALUE))
-                if self.accelerator == "tpu":
+                producer = self.block.units.producer.get(value)
+                source = self.block.units.units[producer].source if producer is not None else None
+                if self.accelerator == "tpu" and (source is None or source.primitive.name != "convert_element_type"):
                     self.intervals.append(Interval(index, begin, begin, SENT))
         for var in scope.jaxpr.invars[loop[0] : sum(loop)]:
             value = (id(scope), var)

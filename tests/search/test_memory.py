@@ -202,8 +202,10 @@ def brute_force(memory, layout, remat, microbatches):
                 always = i.lasting and microbatches > 1
                 if not (always or i.start <= t <= max(i.start, i.stop)):
                     continue
-                kind = ("value", "gradient", "gathered", "copy", "shard")[i.kind]
-                if kind in ("gathered", "shard") and fsdp == 1:
+                kind = ("value", "gradient", "gathered", "copy", "shard", "early", "sent")[i.kind]
+                if kind in ("gathered", "shard", "sent") and fsdp == 1:
+                    continue
+                if kind == "early" and microbatches > 1:
                     continue
                 if kind == "gradient" and microbatches > 1 and i.start not in loops:
                     continue
