@@ -216,6 +216,9 @@ def solve(
             for item in _open(search, node):
                 heapq.heappush(heap, (item[0], item[1], next(tie), item[2]))
             continue
+        # With more of it in the host's memory a candidate is never faster: these come later, whatever becomes of it.
+        for item in _offloaded(search, node):
+            heapq.heappush(heap, (item[0], item[1], next(tie), item[2]))
         if node.choice in known:
             continue
         search.checked.add((id(node.place), int(node.columns.remat[node.row])))
@@ -224,9 +227,6 @@ def solve(
                 bound = min(bound, seconds)
             found.append(search.costed(node))
             known.add(node.choice)
-        else:
-            for item in _offloaded(search, node):
-                heapq.heappush(heap, (item[0], item[1], next(tie), item[2]))
     best = found[0] if found else None
     gap = max(0.0, 1 - bound / best.estimate.seconds_per_step) if best else 0.0
     front = _pareto(search) if pareto else ()
@@ -277,7 +277,7 @@ def _open(search: _Search, node: Any) -> Iterator[tuple[float, tuple[Any, ...], 
 
 
 def _offloaded(search: _Search, leaf: _Leaf) -> Iterator[tuple[float, tuple[Any, ...], _Leaf]]:
-    """A candidate that does not fit, with more and more of it in the host's memory: never faster than without."""
+    """A candidate with more and more of it in the host's memory, where it then fits: never faster than without."""
     one = leaf.columns.take(leaf.row)
     variant = one.variants[int(one.variant[0])]
     moved = tuple(dataclasses.replace(variant, offload=what) for what in search.space.offloads if what)
