@@ -142,7 +142,9 @@ class _Search:
         params, gradients, state = self.costs.held(place, columns)
         data = place.batch_shards / np.array(place.fsdp_sizes)[columns.fsdp]
         state = 0.0 if any("optimizer" in what for what in self.space.offloads) else state
-        return params + gradients + state / np.where(columns.flags("optimizer_sharding"), data, 1.0)
+        sharded = columns.flags("optimizer_sharding").astype(bool)
+        gradients = gradients / np.where(sharded & (columns.microbatches > 1), data, 1.0)
+        return params + gradients + state / np.where(sharded, data, 1.0)
 
     def bytes(self, place: Placement, columns: Columns) -> np.ndarray:
         """Bytes per device."""
