@@ -1,6 +1,6 @@
 """Bytes per device of a training step: the planner's count against the compilers', over models, plans and clusters.
 
-    python benchmarks/memory_accuracy.py [--quick] [--only TEXT ...]        about 10 minutes; 6 cases, one minute
+    python benchmarks/memory_accuracy.py [--quick] [--only TEXT ...]        about 20 minutes; 6 cases, one minute
     python benchmarks/memory_accuracy.py --write docs                       also the table and the plot
 
 It needs the extras tpu-aot and gpu-aot, and no TPU and no GPU. The step is the trainer's own, with Adam and float32
