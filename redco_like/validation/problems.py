@@ -82,6 +82,9 @@ class Problem:
         run = self.run
         if run.framework == "compiled":
             return sum(parts.values())
+        if self.columns.flags("optimizer_sharding")[0] and self.columns.microbatches[0] > 1:
+            # Our step sums gradients where the optimizer takes them; others keep whole sums on every replica.
+            parts["gradients"] *= self.place.batch_shards / run.fsdp
         fsdp = np.array([run.fsdp], np.int64)
         held = self.model.activations(self.place, run.remat, self.columns.microbatches, fsdp)
         parts["transient"] -= float(held.stacked[0]) / self.place.stage

@@ -14,7 +14,7 @@ from search import Plan, TracedModel, parse_cluster
 from search.costing import estimate_plan
 from search.knobs import Change, changed, changes
 from search.verify import fitting_changes
-from sharding_rules import MeshShape, trace
+from sharding_rules import MeshShape, PlanError, trace
 
 PLAN = Plan(MeshShape(data=2, fsdp=2, tensor=2), "fsdp+megatron+sequence", order=("tensor", "fsdp", "data"))
 GIB = 2**30
@@ -179,11 +179,10 @@ def test_inference_has_no_changes_of_training():
     assert not {"remat", "microbatches", "optimizer_sharding"} & {key for c in found for key in c.settings}
 
 
-def test_a_cache_that_tensor_leaves_whole_is_split_by_examples_instead():
-    """Eight devices of a tensor axis, 2 heads of keys: four hold the same part of the cache."""
+def test_a_cache_that_tensor_would_leave_whole_is_refused():
     model = experts("decode")
-    plan = plan_of(model, tensor=8)
-    assert any(c.settings == {"tensor": 4, "data": 2} for c in changes(model, plan))
+    with pytest.raises(PlanError, match="tensor=8 is more than the 2 kv heads of the cache"):
+        changes(model, plan_of(model, tensor=8))
 
 
 def test_what_verify_offers_is_one_of_each_kind_the_fastest_first():
