@@ -15,7 +15,7 @@ from redco_like.cli.terminal import Terminal, UsageError, bad_input, check_folde
 
 if TYPE_CHECKING:
     from redco_like.cli.planning import Loaded
-    from search import Plan
+    from search import Cluster, Plan
     from search.verify import Verification
 
 Depth = Literal["fast", "full"]
@@ -75,7 +75,7 @@ class Verify:
         with terminal.progress("reading the plan") as tell:
             loaded = planning.load(record, tell)
             if self.set:
-                plan = changed_plan(plan, self.set)
+                plan = changed_plan(plan, self.set, loaded.cluster)
             plan = planning.estimated(loaded, plan)
             verified = compile_plan(loaded, plan, self.compiler, tell)
         plan = dataclasses.replace(plan, verified=summary(verified))
@@ -101,17 +101,20 @@ def _without(first: str | None, second: str) -> str:
     return ",".join(pair for pair in (first or "").split(",") if pair and pair.partition("=")[0].strip() not in names)
 
 
-def changed_plan(plan: Plan, text: str) -> Plan:
-    """A plan with `--set`.
+def changed_plan(plan: Plan, text: str, cluster: Cluster) -> Plan:
+    """A plan with `--set`; compiler options that the planner chose follow what the plan moves now.
 
     Raises:
         UsageError: no such choice, or no value of it.
     """
     from redco_like.cli.choices import fixed
+    from search.compiler_options import options_for
     from search.knobs import changed
 
     with bad_input():
-        return changed(plan, fixed((text,), "--set"))
+        new = changed(plan, fixed((text,), "--set"))
+        chosen = plan.compiler_options == options_for(cluster.accelerator, plan)
+        return dataclasses.replace(new, compiler_options=options_for(cluster.accelerator, new)) if chosen else new
 
 
 def compile_plan(loaded: Loaded, plan: Plan, options: CompileOptions, tell: Callable[[str], None]) -> Verification:
