@@ -12,14 +12,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from search.costing import estimate_plan
-from search.plan import Plan
+from search.plan import Plan, Remat
 from search.space import Inner, Model, divisors
 from sharding_rules import CONTEXT, DATA, EXPERT, FSDP, TENSOR, PlanError
 
-REMATS = ("none", "dots", "full")
+REMATS = get_args(Remat)
 """What is computed again, the least first."""
 SPLITS = (
     (DATA, FSDP),
