@@ -8,6 +8,7 @@ configurations of `google-research/vision_transformer` and `scaling_vit`.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 from typing import Any
@@ -119,6 +120,13 @@ def t5_v1_1(embed: int, layers: int, heads: int, mlp: int) -> ModelConfig:
     return t5(embed, layers, heads, mlp, 64, gated=True, activation="gelu_tanh", tied=False)
 
 
+def bart(embed: int, layers: int, heads: int, **changes: Any) -> ModelConfig:
+    sizes = dict(vocab=50265, embed=embed, layers=layers, decoder_layers=layers, heads=heads, mlp=4 * embed)
+    form = dict(block="post", final_norm=False, position="learned", position_offset=2, max_length=1024, start_token=2)
+    biases = dict(qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True)
+    return ModelConfig(**{**dict(family="bart", kind="encoder-decoder"), **sizes, **form, **biases, **changes})
+
+
 def bert(embed: int, layers: int, heads: int, *, vocab: int = 30522) -> ModelConfig:
     sizes = dict(vocab=vocab, embed=embed, layers=layers, heads=heads, mlp=4 * embed, max_length=512, types=2)
     form = dict(block="post", norm_eps=1e-12, position="learned", qkv_bias=True, out_bias=True, mlp_bias=True)
@@ -170,6 +178,7 @@ def architectures() -> dict[str, ModelConfig]:
         "pythia-6.9b": gpt_neox(4096, 32, 32, vocab=50432),
         "pythia-12b": gpt_neox(5120, 36, 40, vocab=50688),
         "opt-125m": opt(768, 12, 12),
+        "opt-350m": dataclasses.replace(opt(1024, 24, 16), block="post", final_norm=False, token_width=512),
         "opt-1.3b": opt(2048, 24, 32),
         "opt-2.7b": opt(2560, 32, 32),
         "opt-6.7b": opt(4096, 32, 32),
@@ -269,6 +278,13 @@ def architectures() -> dict[str, ModelConfig]:
         "t5-v1.1-large": t5_v1_1(1024, 24, 16, 2816),
         "t5-v1.1-xl": t5_v1_1(2048, 24, 32, 5120),
         "t5-v1.1-xxl": t5_v1_1(4096, 24, 64, 10240),
+        "bart-base": bart(768, 6, 12),
+        "bart-large": bart(1024, 12, 16),
+        "bart-large-cnn": bart(1024, 12, 16, vocab=50264),
+        "mbart-large": bart(
+            *(1024, 12, 16),
+            **dict(family="mbart", vocab=250027, block="pre", final_norm=True, embed_scale=True),
+        ),
         "bert-base": bert(768, 12, 12),
         "bert-large": bert(1024, 24, 16),
         "vit-b16": vit(768, 12, 12, 3072, 16),

@@ -91,9 +91,10 @@ class ModelConfig:
 
     Attributes:
         family: name of the family, as Hugging Face's `model_type`.
-        kind: "decoder" (next token), "encoder" (masked token), "vision" (classifier), "encoder-decoder" (T5).
+        kind: "decoder" (next token), "encoder" (masked token), "vision" (classifier), "encoder-decoder" (T5, BART).
         vocab: rows of the embedding; 0 for vision.
         kv_heads: 0 for as many as `heads`. head_dim: 0 for embed / heads.
+        token_width: width of the embedding, where kernels turn it into `embed` and back (OPT-350m); 0 for embed.
         block: where the norms are: before each part, after the sum, before and after each part ("sandwich"), or
             attention and hidden layer side by side with two norms or one.
         norm: "rms_plus_one" scales by 1 + weight.
@@ -101,11 +102,13 @@ class ModelConfig:
         position_offset: rows of the position table that stand before position 0 (OPT has 2).
         rotary_dim: dimensions of a head that turn; 0 for all.
         rope_interleaved: pairs are (0, 1), (2, 3), ... instead of (0, H/2), (1, H/2 + 1), ...
-        window: tokens that attention looks back; 0 for all. global_every: each such layer looks back over all.
+        window: tokens that attention looks back; 0 for all. global_every, global_first: each such layer, and so many
+            first ones, look back over all.
+        local_theta: `rope_theta` of the layers with a window, which are not scaled (Gemma 3); 0 for that of all.
         attention_scale: 0 for head_dim ** -0.5.
         attention_softcap, logit_softcap: c * tanh(x / c), 0 for none.
         embed_scale: multiply embeddings by sqrt(embed).
-        decoder_layers: of an encoder-decoder.
+        decoder_layers: of an encoder-decoder. start_token: what its decoder reads before the first label.
         types: rows of BERT's token type table.
         image, patch, channels, classes: of vision.
     """
@@ -117,6 +120,7 @@ class ModelConfig:
     heads: int
     mlp: int
     vocab: int = 0
+    token_width: int = 0
     max_length: int = 2048
     kv_heads: int = 0
     head_dim: int = 0
@@ -141,6 +145,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     window: int = 0
     global_every: int = 0
+    global_first: int = 0
+    local_theta: float = 0.0
     attention_scale: float = 0.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
@@ -148,6 +154,7 @@ class ModelConfig:
     experts: Experts | None = None
     latent: Latent | None = None
     decoder_layers: int = 0
+    start_token: int = 0
     buckets: int = 32
     bucket_distance: int = 128
     types: int = 0
@@ -237,6 +244,17 @@ class ModelConfig:
             # DeepSeek has YaRN's temperature on the scores, not only on the rotary part.
             scale *= yarn_scale(s.factor, s.mscale_all_dim) ** 2
         return scale
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How far each layer looks back, 0 for all; empty where all layers are alike."""
+        if not self.window or not (self.global_every or self.global_first):
+            return ()
+
+        def everything(layer: int) -> bool:
+            return layer < self.global_first or (bool(self.global_every) and (layer + 1) % self.global_every == 0)
+
+        return tuple(0 if everything(layer) else self.window for layer in range(self.layers))
 
     @property
     def dense_layers(self) -> int:

@@ -362,6 +362,30 @@ def _t5(k: Keys) -> dict[str, Any]:
     }
 
 
+def _bart(k: Keys) -> dict[str, Any]:
+    heads, mlp, layers = k.size("encoder_attention_heads"), k.size("encoder_ffn_dim"), k.size("encoder_layers")
+    k.refuse("decoder_attention_heads", heads, None)
+    k.refuse("decoder_ffn_dim", mlp, None)
+    return {
+        "kind": "encoder-decoder",
+        **{"vocab": k.size("vocab_size"), "embed": k.size("d_model"), "layers": layers, "heads": heads, "mlp": mlp},
+        **{"decoder_layers": k.get("decoder_layers", layers), "max_length": k.size("max_position_embeddings")},
+        **_BIASES,
+        **{
+            "head_bias": True,
+            "tied": k.get("tie_word_embeddings", True),
+            "embed_scale": k.get("scale_embedding", False),
+        },
+        **{"block": "post", "final_norm": False, "position": "learned", "position_offset": 2},
+        "activation": k.activation("activation_function", "gelu"),
+        "start_token": k.get("decoder_start_token_id", k.get("eos_token_id", 2)),
+    }
+
+
+def _mbart(k: Keys) -> dict[str, Any]:
+    return {**_bart(k), "block": "pre", "final_norm": True}
+
+
 def _bert(k: Keys) -> dict[str, Any]:
     k.refuse("position_embedding_type", "absolute")
     return {
@@ -422,6 +446,7 @@ def _rope_scaling(k: Keys) -> RopeScaling | None:
 
 
 _READERS: dict[str, Callable[[Keys], dict[str, Any]]] = {
+    "bart": _bart,
     "bert": _bert,
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,
@@ -431,9 +456,11 @@ _READERS: dict[str, Callable[[Keys], dict[str, Any]]] = {
     "gpt_neox": _neox,
     "gptj": _gptj,
     "llama": _llama,
+    "mbart": _mbart,
     "mistral": _mistral,
     "mixtral": _mixtral,
     "mpt": _mpt,
+    "mt5": _t5,
     "opt": _opt,
     "phi": _phi,
     "phi3": _phi3,
