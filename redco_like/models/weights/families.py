@@ -9,17 +9,28 @@ import difflib
 from collections.abc import Callable
 
 from redco_like.models.config import ModelConfig
-from redco_like.models.weights import llama
+from redco_like.models.weights import gpt, llama, moe
 from redco_like.models.weights.names import Names, Present
 
 FAMILIES: dict[str, Callable[[ModelConfig, Present], Names]] = {
+    "deepseek_v2": moe.deepseek,
+    "deepseek_v3": moe.deepseek,
     "gemma": llama.llama,
     "gemma2": llama.llama,
+    "gpt2": gpt.gpt2,
+    "gpt_neox": gpt.gpt_neox,
+    "gptj": gpt.gptj,
     "llama": llama.llama,
     "mistral": llama.llama,
+    "mixtral": moe.mixtral,
+    "mpt": gpt.mpt,
+    "opt": gpt.opt,
+    "phi": gpt.phi,
     "phi3": llama.phi3,
     "qwen2": llama.llama,
+    "qwen2_moe": moe.qwen_moe,
     "qwen3": llama.llama,
+    "qwen3_moe": moe.qwen_moe,
 }
 
 

@@ -30,19 +30,23 @@ def phi3(c: ModelConfig, present: Present = None) -> Names:
     for layer in layers(c, "model.layers"):
         pieces += [*norms(c, layer)]
         pieces += rows(
-            layer, "self_attn.qkv_proj.weight", D, {"attention/q": N * H, "attention/k": K * H, "attention/v": K * H}
+            layer, "self_attn.qkv_proj", D, {"attention/q": N * H, "attention/k": K * H, "attention/v": K * H}
         )
         pieces += layer.linear("attention/out", "self_attn.o_proj", inputs=N * H, outputs=D)
-        pieces += rows(layer, "mlp.gate_up_proj.weight", D, {"mlp/gate": F, "mlp/up": F})
+        pieces += rows(layer, "mlp.gate_up_proj", D, {"mlp/gate": F, "mlp/up": F})
         pieces += layer.linear("mlp/down", "mlp.down_proj", inputs=F, outputs=D)
     return named(c, pieces)
 
 
-def rows(layer: Place, tensor: str, inputs: int, leaves: dict[str, int]) -> Iterator[Piece]:
-    """Kernels that one weight (sum of outputs, inputs) holds one after the other."""
-    shape, start = (sum(leaves.values()), inputs), 0
+def rows(layer: Place, tensor: str, inputs: int, leaves: dict[str, int], *, bias: bool = False) -> Iterator[Piece]:
+    """Kernels that one torch.nn.Linear holds one after the other, and their biases."""
+    total, start = sum(leaves.values()), 0
     for leaf, size in leaves.items():
-        yield layer.part(f"{leaf}/kernel", tensor, shape, view(shape, ((1,), (0,)), {0: (start, start + size)}))
+        taken = {0: (start, start + size)}
+        kernel = view((total, inputs), ((1,), (0,)), taken)
+        yield layer.part(f"{leaf}/kernel", f"{tensor}.weight", (total, inputs), kernel)
+        if bias:
+            yield layer.part(f"{leaf}/bias", f"{tensor}.bias", (total,), view((total,), ((0,),), taken))
         start += size
 
 
