@@ -9,10 +9,12 @@ import difflib
 from collections.abc import Callable
 
 from redco_like.models.config import ModelConfig
-from redco_like.models.weights import gpt, llama, moe
+from redco_like.models.weights import encoders, gpt, llama, moe
 from redco_like.models.weights.names import Names, Present
 
 FAMILIES: dict[str, Callable[[ModelConfig, Present], Names]] = {
+    "bart": encoders.bart,
+    "bert": encoders.bert,
     "deepseek_v2": moe.deepseek,
     "deepseek_v3": moe.deepseek,
     "gemma": llama.llama,
@@ -21,9 +23,11 @@ FAMILIES: dict[str, Callable[[ModelConfig, Present], Names]] = {
     "gpt_neox": gpt.gpt_neox,
     "gptj": gpt.gptj,
     "llama": llama.llama,
+    "mbart": encoders.bart,
     "mistral": llama.llama,
     "mixtral": moe.mixtral,
     "mpt": gpt.mpt,
+    "mt5": encoders.t5,
     "opt": gpt.opt,
     "phi": gpt.phi,
     "phi3": llama.phi3,
@@ -31,6 +35,8 @@ FAMILIES: dict[str, Callable[[ModelConfig, Present], Names]] = {
     "qwen2_moe": moe.qwen_moe,
     "qwen3": llama.llama,
     "qwen3_moe": moe.qwen_moe,
+    "t5": encoders.t5,
+    "vit": encoders.vit,
 }
 
 
