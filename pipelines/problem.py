@@ -23,7 +23,8 @@ from jax.sharding import PartitionSpec as P
 from pipelines.functions import LOSS_ARGUMENTS, argument_names, describe_tree, normalise_loss
 from search import Plan
 from search.liveness import itemsize
-from sharding_rules import Layout, MeshShape, TracedFunction, make_layout, path_str, trace
+from sharding_rules import Layout, MeshShape, TracedFunction, is_frozen, make_layout, path_str, trace, trainable
+from sharding_rules.frozen import join
 
 NAMES = ("params", "batch", "rng", "state")
 
@@ -107,33 +108,35 @@ def check_rows(rows: int, *, microbatches: int, mesh: MeshShape, what: str = "gl
 
 
 def cast_floats(tree: Any, dtype: str) -> Any:
-    """Cast the floating leaves of a tree; integers, booleans and keys stay as they are. Works on shapes too."""
+    """Cast the floating leaves of a tree; integers, booleans, keys and what is frozen stay. Works on shapes too."""
 
     def cast(x: Any) -> Any:
+        if is_frozen(x):
+            return x
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype or jnp.finfo(x.dtype).bits < 16:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype))
         return x.astype(dtype)
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(cast, tree, is_leaf=is_frozen)
 
 
 def split_trainable(params: Any) -> tuple[Any, Any]:
-    """Part a tree into floating leaves and the rest, with None where the other has a leaf."""
-    inexact = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.inexact), params)
-    trainable = jax.tree.map(lambda x, ok: x if ok else None, params, inexact)
-    return trainable, jax.tree.map(lambda x, ok: None if ok else x, params, inexact)
+    """Part a tree into leaves that are trained and the rest, with None where the other has a leaf."""
+    trained = trainable(params)
+    values = jax.tree.map(lambda x, ok: x if ok else None, params, trained)
+    return values, jax.tree.map(lambda x, ok: None if ok else x, params, trained)
 
 
-def join_trainable(trainable: Any, fixed: Any) -> Any:
+def join_trainable(trained: Any, fixed: Any) -> Any:
     """Undo `split_trainable`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trainable, fixed, is_leaf=lambda x: x is None)
+    return join(trained, fixed)
 
 
 def split_trainable_like(tree: Any, params: Any) -> Any:
-    """The part of `tree` (structured as `params`) that belongs to trainable parameters, None elsewhere."""
-    return jax.tree.map(lambda p, x: x if jnp.issubdtype(p.dtype, jnp.inexact) else None, params, tree)
+    """The part of `tree` (structured as `params`) that belongs to parameters that are trained, None elsewhere."""
+    return jax.tree.map(lambda ok, x: x if ok else None, trainable(params), tree)
 
 
 def init_values(init_fn: Callable[..., Any], takes_state: bool, param_dtype: str) -> Callable[[Any], tuple[Any, Any]]:
@@ -155,6 +158,12 @@ def init_values(init_fn: Callable[..., Any], takes_state: bool, param_dtype: str
         return cast_floats(made[0], param_dtype), made[1]
 
     return values
+
+
+def init_like(params: Any, state: Any = None) -> Callable[[Any], Any]:
+    """An `init_fn` of zeros, with the form of what is given: for values that come from elsewhere."""
+    forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params if state is None else (params, state))
+    return lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forms)
 
 
 def local_bytes(abstract: Any) -> int:

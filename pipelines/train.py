@@ -52,7 +52,8 @@ from pipelines.problem import (
 )
 from search import Plan
 from search.compiler_options import options_on
-from sharding_rules import DATA, Layout, MeshShape, path_str
+from sharding_rules import DATA, Layout, MeshShape, path_str, split_frozen
+from sharding_rules.frozen import join
 
 STEP_STREAM = 2**31 - 1
 """Folded into the key for the steps, so that no step's key is one that `init_fn` drew by splitting."""
@@ -167,6 +168,8 @@ class TrainProgram:
         self.abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_shardings
         )
+        self._nothing = split_frozen(self.abstract_state)[1]
+        self._has_frozen = bool(jax.tree.leaves(self._nothing))
         self.kernels = kernels_for(plan.attention, mesh)
         self._pinned = layout.pin(mesh, remat=plan.remat, kernels=self.kernels)
         self._eval_programs: dict[Any, tuple[Any, Any]] = {}
@@ -187,7 +190,7 @@ class TrainProgram:
             params, model_state = jax.tree.map(jnp.copy, (params, model_state))
             return fresh(params, model_state, jax.random.fold_in(rng, STEP_STREAM))
 
-        self._jit_fresh = jax.jit(copied, out_shardings=self.state_shardings)
+        self._jit_fresh = jax.jit(copied, out_shardings=split_frozen(self.state_shardings)[0])
         self._jit_nonfinite = jax.jit(self._nonfinite)
 
     def init(self, rng: jax.Array) -> TrainState:
@@ -200,7 +203,7 @@ class TrainProgram:
     def state_from(self, params: Any, *, model_state: Any = None, rng: jax.Array | None = None) -> TrainState:
         """Copy parameters into a fresh state: new optimizer state, step 0. Compiles nothing the second time.
 
-        The arrays given are never donated: they stay valid.
+        The arrays given are never donated: they stay valid. What is frozen is not copied where it lies as it should.
 
         Args:
             params: tree of arrays, on the host or on any devices.
@@ -226,7 +229,9 @@ class TrainProgram:
         params = place(params, self._values.params, self._param_shardings)
         model_state = place(model_state, self._values.state, self.state_shardings.model_state)
         rng = jax.device_put(jax.random.key(0) if rng is None else rng, self._replicated)
-        return self._jit_fresh(params, model_state, rng)
+        moving, fixed = split_frozen(params)
+        state = self._jit_fresh(moving, model_state, rng)
+        return dataclasses.replace(state, params=join(state.params, fixed))
 
     def compile(self) -> float:
         """Compile the step for its shapes, if that is not done; return the seconds it took."""
@@ -240,31 +245,37 @@ class TrainProgram:
         batch = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract_batch, self.batch_shardings
         )
-        state = local_bytes(self.abstract_state)
-        return {"arguments": state + local_bytes(batch), "aliased": state, "results": 0}
+        moving, fixed = map(local_bytes, split_frozen(self.abstract_state))
+        return {"arguments": moving + fixed + local_bytes(batch), "aliased": moving, "results": 0}
 
     def lower(self) -> jax.stages.Lowered:
         """The step as a compiler takes it, for the devices of the mesh."""
 
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-            return self._step(state, batch)
+        def step(moving: Any, fixed: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+            state, metrics = self._step(join(moving, fixed), batch)
+            return split_frozen(state)[0], metrics
 
+        moving, fixed = split_frozen(self.state_shardings)
         jitted = jax.jit(
             step,
             donate_argnums=0,
-            in_shardings=(self.state_shardings, self.batch_shardings),
-            out_shardings=(self.state_shardings, self._replicated),
+            in_shardings=(moving, fixed, self.batch_shardings),
+            out_shardings=(moving, self._replicated),
         )
-        return jitted.lower(self.abstract_state, self.abstract_batch)
+        return jitted.lower(*split_frozen(self.abstract_state), self.abstract_batch)
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step. `state` is donated; the metrics stay on the device.
+        """One optimizer step. `state` is donated but for what is frozen; the metrics stay on the device.
 
         Returns:
             The new state, and scalars: `loss`, `grad_norm`, `skipped` (1 if loss or gradient was not finite and the
             state was therefore left as it was), `learning_rate` if known, and the metrics of `loss_fn`.
         """
-        return self._executable(state, batch)
+        if not self._has_frozen:
+            return self._executable(state, self._nothing, batch)
+        moving, fixed = split_frozen(state)
+        moving, metrics = self._executable(moving, fixed, batch)
+        return join(moving, fixed), metrics
 
     @property
     def compiled_bytes_per_device(self) -> int | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from redco_like.trainer import FitResult, Trainer
     from redco_like.watch import NonFiniteError
     from search import Plan
-    from sharding_rules import MeshShape, PlanError, attention, experts
+    from sharding_rules import Frozen, MeshShape, PlanError, attention, experts
 
 _HOMES = {
     "CheckpointError": "redco_like.checkpoint",
@@ -25,6 +25,7 @@ _HOMES = {
     "DeployError": "redco_like.deployer",
     "Deployer": "redco_like.deployer",
     "FitResult": "redco_like.trainer",
+    "Frozen": "sharding_rules",
     "LossOutput": "pipelines",
     "MeshShape": "sharding_rules",
     "MetricsLog": "redco_like.metrics",
@@ -46,6 +47,7 @@ __all__ = [
     "DeployError",
     "Deployer",
     "FitResult",
+    "Frozen",
     "LossOutput",
     "MeshShape",
     "MetricsLog",

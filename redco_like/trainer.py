@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from pipelines import TrainProgram, TrainState, build_train_program, resolve_plan
 from pipelines.devices import cluster_here
 from pipelines.functions import LOSS_ARGUMENTS, argument_names, batch_rows
-from pipelines.problem import check_rows, train_problem
+from pipelines.problem import check_rows, init_like, train_problem
 from redco_like.checkpoint import CheckpointStore
 from redco_like.data import DataLoader, Piece, collate, from_whole, process_rows, sequential, sharded
 from redco_like.deployer import Deployer
@@ -31,7 +31,8 @@ from redco_like.metrics import Writer
 from redco_like.run_log import RunLog
 from redco_like.watch import OnNonfinite, StepWatch, StopRequest, announced, check_policy
 from search import Cluster, Plan, parse_cluster
-from sharding_rules import Layout, MeshShape, format_bytes, make_mesh
+from sharding_rules import Layout, MeshShape, format_bytes, make_mesh, split_frozen
+from sharding_rules.frozen import join
 
 Every = int | Literal["epoch"] | None
 """How often: every so many steps, at the end of each epoch, or never. The end of a run always counts."""
@@ -66,7 +67,8 @@ class Trainer:
         collate_fn: list of examples -> batch, a tree of numpy arrays with one row per example.
         loss_fn: takes what it names of `(params, batch, rng, state, training)`; returns a scalar mean, `(sum, weight)`,
             `(loss, metrics)` or a `LossOutput`.
-        init_fn: `init_fn(rng) -> params`, or `(params, state)` if `loss_fn` names `state`; run sharded.
+        init_fn: `init_fn(rng) -> params`, or `(params, state)` if `loss_fn` names `state`; run sharded. None: `params`
+            are all there is to start from.
         optimizer: any optax transformation; its schedules count optimizer steps.
         plan: "auto" (the fastest that fits, by exact search), the name of a preset, a `Plan`, or a plan file.
         mesh: devices per axis, such as "data=2,tensor=4"; default what the plan or the preset suggests.
@@ -74,7 +76,7 @@ class Trainer:
             string such as "8xH100", or a file, best one that `redco_like.profile` has measured here.
         compute_dtype: of forward and backward pass, where the plan does not say.
         name: of this trainer; its files are in that folder of the workdir, its keys belong to it.
-        params: start from these instead of `init_fn`'s; copied.
+        params: start from these instead of `init_fn`'s; copied, but for what is `Frozen`, which is used where it is.
         model_state: goes with `params` if the model has mutable state.
         on_nonfinite: what a loss or gradient that is not finite leads to. The step is never applied; then "raise" is an
             error, "skip" goes on (up to `most_skips` in a row), "stop" saves a checkpoint and ends `fit`.
@@ -94,7 +96,7 @@ class Trainer:
         deployer: Deployer,
         collate_fn: Callable[[list[Any]], Any],
         loss_fn: Callable[..., Any],
-        init_fn: Callable[[jax.Array], Any],
+        init_fn: Callable[[jax.Array], Any] | None,
         optimizer: optax.GradientTransformation,
         *,
         plan: Plan | str | pathlib.Path = "auto",
@@ -116,10 +118,15 @@ class Trainer:
         for role, function in (("collate_fn", collate_fn), ("init_fn", init_fn), ("learning_rate", learning_rate)):
             if function is not None and not callable(function):
                 raise ValueError(f"{role} is a {type(function).__name__}, not a function")
+        if init_fn is None and params is None:
+            raise ValueError("neither init_fn nor params: there is nothing to train; give one of them")
         if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
             raise ValueError(f"optimizer is a {type(optimizer).__name__}; it must be an optax transformation")
         self._deployer, self._collate_fn = deployer, collate_fn
-        self._loss_fn, self._init_fn, self._optimizer = loss_fn, init_fn, optimizer
+        # Where `init_fn` is None, what every reset starts from.
+        self._given = (params, model_state) if init_fn is None else None
+        self._init_fn = init_like(params, model_state) if init_fn is None else init_fn
+        self._loss_fn, self._optimizer = loss_fn, optimizer
         self._plan_wanted, self._compute_dtype = plan, compute_dtype
         self._mesh_wanted = MeshShape.parse(mesh) if isinstance(mesh, str) else mesh
         self._cluster = parse_cluster(cluster) if isinstance(cluster, str | pathlib.Path) else cluster
@@ -322,11 +329,13 @@ class Trainer:
         """Start anew from given parameters, or from `init_fn`, with a fresh optimizer state. Compiles nothing.
 
         Args:
-            params: copied; None takes `init_fn`'s.
+            params: copied; None takes `init_fn`'s, or those that the trainer was given in place of it.
             model_state: goes with `params`; default the present one.
             rng: key for `init_fn` and for the steps; default the trainer's own, so that a reset repeats the run.
         """
         self._rng = self._rng if rng is None else rng
+        if params is None and self._given is not None:
+            params, model_state = self._given[0], self._given[1] if model_state is None else model_state
         self._initial = params, model_state
         self.step = 0
         if self._program is None:
@@ -357,7 +366,8 @@ class Trainer:
         """
         store = self._require_store()
         self.step = store.metadata(step)["step"]
-        self._state = store.restore(self.program.abstract_state, self.step)
+        moving, _ = split_frozen(self.program.abstract_state)
+        self._state = join(store.restore(moving, self.step), split_frozen(self.state)[1])
         self._may_resume = False
 
     def wait(self) -> None:
@@ -449,7 +459,9 @@ class Trainer:
         return store
 
     def _save(self, store: CheckpointStore, data_state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        store.save(self.step, self.state, metrics=metrics, plan_json=self.plan.to_json(), data_state=data_state)
+        # What is frozen is the same in every checkpoint: it comes from `init_fn` or `params`, as at the start.
+        moving, _ = split_frozen(self.state)
+        store.save(self.step, moving, metrics=metrics, plan_json=self.plan.to_json(), data_state=data_state)
 
     def _train(self, run: _Run, log: RunLog, request: StopRequest) -> FitResult:
         program, shardings = self.program, self.program.batch_shardings

@@ -20,7 +20,7 @@ from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Var
 from jax.sharding import AbstractMesh, Mesh
 
-from sharding_rules import AXES, Layout, MeshShape, TracedFunction, make_layout, trace
+from sharding_rules import AXES, Layout, MeshShape, TracedFunction, make_layout, trace, trainable
 from sharding_rules.axes import AxisTable, Contraction, Dims, Scope, infer_axes, leaves, loop_parts, shape_of
 
 Remat = Literal["none", "dots", "full"]
@@ -73,13 +73,13 @@ def analyse_step(
 
 
 def trace_step(layout: Layout, remat: Remat) -> TracedFunction:
-    """Trace the loss and its gradients by the floating leaves of the parameters; needs no device.
+    """Trace the loss and its gradients by the parameters that are trained; needs no device.
 
     The arguments are those of the loss and one more, the cotangent of the loss. The first leaf of the loss function's
     result is the loss, other leaves are auxiliary.
 
     Raises:
-        ValueError: the result's first leaf is no floating scalar, or no parameter is floating.
+        ValueError: the result's first leaf is no floating scalar, or no parameter is trained.
     """
     traced = layout.traced
     out = jax.tree.leaves(traced.out)
@@ -87,10 +87,11 @@ def trace_step(layout: Layout, remat: Remat) -> TracedFunction:
         raise ValueError(f"the gradient of a loss needs a floating scalar as the first result, not {out[:1] or 'none'}")
     position = traced.names.index(layout.params)
     leaves_, structure = jax.tree.flatten(traced.args[position])
-    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves_]
-    if not any(floating):
+    trained = jax.tree.leaves(trainable(traced.args[position]))
+    if not any(trained):
         raise ValueError(
-            f"none of the {len(leaves_)} leaves of {layout.params!r} is floating: nothing to differentiate"
+            f"none of the {len(leaves_)} leaves of {layout.params!r} is floating and not frozen: nothing to "
+            "differentiate"
         )
     # A mesh of one device adds no pins, so that its devices are never asked for.
     mesh = cast(Mesh, AbstractMesh((1,) * len(AXES), AXES))
@@ -100,14 +101,14 @@ def trace_step(layout: Layout, remat: Remat) -> TracedFunction:
         *given, cotangent = args
         flat = jax.tree.leaves(given[position])
 
-        def loss(trainable: list[Any]) -> tuple[Any, Any]:
-            values = iter(trainable)
-            full = [next(values) if ok else leaf for leaf, ok in zip(flat, floating, strict=True)]
+        def loss(moving: list[Any]) -> tuple[Any, Any]:
+            values = iter(moving)
+            full = [next(values) if ok else leaf for leaf, ok in zip(flat, trained, strict=True)]
             given[position] = jax.tree.unflatten(structure, full)
             first, *rest = jax.tree.leaves(pinned(*given))
             return first, rest
 
-        value, pullback, aux = jax.vjp(loss, [x for x, ok in zip(flat, floating, strict=True) if ok], has_aux=True)
+        value, pullback, aux = jax.vjp(loss, [x for x, ok in zip(flat, trained, strict=True) if ok], has_aux=True)
         # The barrier is the first equation to read the cotangent: it ends the forward pass (`Flow.boundary`).
         return value, aux, pullback(jax.lax.optimization_barrier(cotangent))[0]
 

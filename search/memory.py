@@ -28,7 +28,7 @@ from search.liveness import Remat, Step, analyse_step
 from search.regions import count_layers
 from search.resident import Body, Kept
 from search.shares import Arrays, LayoutSplits, Splits, splits_of
-from sharding_rules import Layout, TracedFunction
+from sharding_rules import Layout, TracedFunction, trainable
 from sharding_rules.partition import tree_bytes
 
 __all__ = [
@@ -205,15 +205,18 @@ def step_bytes(
         memory: of the loss on any mesh, where several layouts of it are counted.
     """
     width = jnp.dtype(param_dtype).itemsize
-    elements = 0
-    for leaf, (_, rest) in zip(
-        jax.tree.leaves(layout.traced.arg(layout.params)), layout.param_shares.values(), strict=True
+    params = elements = 0
+    arrays = layout.traced.arg(layout.params)
+    for leaf, trained, (_, rest) in zip(
+        jax.tree.leaves(arrays), jax.tree.leaves(trainable(arrays)), layout.param_shares.values(), strict=True
     ):
-        elements += math.prod(leaf.shape) // layout.assignment.ways([a for entry in rest.entries for a in entry])
+        held = math.prod(leaf.shape) // layout.assignment.ways([a for entry in rest.entries for a in entry])
+        params += held * (width if trained else leaf.dtype.itemsize)
+        elements += held * trained
     optimizer = tree_bytes(abstract_opt_state, layout.state_specs(abstract_opt_state), layout.mesh_shape)
     memory = memory or ActivationMemory(layout.traced, layout, (remat,), param_dtype=param_dtype)
     activations = activation_bytes(layout, remat, microbatches=microbatches, memory=memory)
-    return StepBytes(elements * width, elements * max(width, 4), optimizer, activations)
+    return StepBytes(params, elements * max(width, 4), optimizer, activations)
 
 
 def activation_bytes(

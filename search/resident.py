@@ -52,7 +52,7 @@ from search.liveness import CHECKPOINTS, COTANGENT, Call, Step, bytes_of, calls,
 from search.shares import Arrays
 from search.stored import LOOPED, PRODUCTS, Stored
 from search.units import Unit, Value
-from sharding_rules import ExpertsCall
+from sharding_rules import ExpertsCall, trainable
 from sharding_rules.axes import Dims, Scope, loop_parts, shape_of
 
 Floats = npt.NDArray[np.float64]
@@ -264,9 +264,11 @@ class Body:
     def _add_casts(self, scope: Scope, weights: Any, param_bytes: int) -> None:
         """Add the parameters that the loss takes in a narrower dtype than they are stored in."""
         traced = self.step.table.traced
-        for var in scope.jaxpr.invars[traced.arg_slice(self.step.layout.params)]:
+        name = self.step.layout.params
+        trained = jax.tree.leaves(trainable(traced.arg(name)))
+        for var, cast in zip(scope.jaxpr.invars[traced.arg_slice(name)], trained, strict=True):
             value, dtype = (id(scope), var), dtype_of(var)
-            narrower = jnp.issubdtype(dtype, jnp.floating) and itemsize(dtype) < param_bytes
+            narrower = cast and jnp.issubdtype(dtype, jnp.floating) and itemsize(dtype) < param_bytes
             if narrower and value in self._last:
                 fused = value in weights and all(kind in PRODUCTS for _, _, kind in weights[value])
                 index = self._add(bytes_of(var), self.block.units.operands[value].dims)

@@ -29,7 +29,7 @@ from search.regions import ParamRegion, Region, count_layers, op_regions, param_
 from search.space import Inner, divisors
 from search.traffic import ActivationTraffic, gradient_sums, param_flows
 from search.workload import Workload, workload_of
-from sharding_rules import AXES, FSDP, Layout, MeshShape, PlanError, TracedFunction, make_layout, tree_paths
+from sharding_rules import AXES, FSDP, Layout, MeshShape, PlanError, TracedFunction, make_layout, trainable, tree_paths
 from sharding_rules.axes import leaves
 from sharding_rules.partition import param_shares, tree_bytes
 
@@ -47,7 +47,7 @@ class _ParamClass:
     elements: int
     count: int
     itemsize: int
-    floating: bool
+    trained: bool
     trips: int
     optimizer_bytes: int
     region: ParamRegion
@@ -225,7 +225,9 @@ class TracedModel:
         found: dict[Any, _ParamClass] = {}
         regions = param_regions(layout, self.repeats)
         sums = gradient_sums(layout, merges=self.merges)
-        for path, dims, region, summed in zip(paths, layout.table.inputs(layout.params), regions, sums, strict=True):
+        trained = jax.tree.leaves(trainable(layout.traced.arg(layout.params)))
+        inputs = layout.table.inputs(layout.params)
+        for path, dims, region, summed, moves in zip(paths, inputs, regions, sums, trained, strict=True):
             leaf = params[path]
             rows = [[layout.rows.of(axis) for axis in leaves(dim)] for dim in dims]
             names = tuple(
@@ -233,7 +235,7 @@ class TracedModel:
                 for rs, d in zip(rows, dims, strict=True)
             )
             segmented = any(axis.segments is not None for dim in dims for axis in leaves(dim))
-            key = (names, leaf.dtype, optimizer.get(path, 0), path if segmented else "", region, summed)
+            key = (names, leaf.dtype, moves, optimizer.get(path, 0), path if segmented else "", region, summed)
             trips = math.prod(r.size for dim in rows for r in dim if r is not None and r.role == "layers")
             made = found.get(key)
             found[key] = (
@@ -245,7 +247,7 @@ class TracedModel:
                     math.prod(leaf.shape),
                     1,
                     leaf.dtype.itemsize,
-                    bool(jnp.issubdtype(leaf.dtype, jnp.floating)),
+                    moves,
                     trips,
                     optimizer.get(path, 0),
                     region,
@@ -264,18 +266,20 @@ class TracedModel:
             return self._kept[key]
         mesh = dataclasses.replace(inner.mesh(fsdp), stage=1)
         assignment = dataclasses.replace(layout.assignment, mesh=mesh, storage=fsdp > 1)
-        elements_r, optimizer_r = np.zeros((2, len(REGIONS)))
+        elements_r, params_r, optimizer_r = np.zeros((3, len(REGIONS)))  # elements: of what is trained
         traffic: dict[Any, float] = {}
         for c in self._classes:
             compute, rest = param_shares(assignment, c.path, c.dims)
             held = c.count * (c.elements // assignment.ways([a for entry in rest.entries for a in entry]))
             regions: tuple[Region, ...] = (c.region,) if c.region != "both" else ("last", "first")
             for region in regions[: 1 if inner.stage == 1 else 2]:
-                elements_r[REGIONS.index(region)] += held
+                elements_r[REGIONS.index(region)] += held * c.trained
+                # What is not trained keeps its dtype; the rest is stored in `param_dtype`.
+                params_r[REGIONS.index(region)] += held * (self.width if c.trained else c.itemsize)
                 optimizer_r[REGIONS.index(region)] += held * c.optimizer_bytes
             split = tuple(axis for axis in AXES if any(axis in entry for entry in compute.entries))
             gathered = any(FSDP in entry for entry in rest.entries) and FSDP not in split
-            use = (split, gathered, c.trips, c.floating and self.training, c.itemsize, c.sums, regions[0])
+            use = (split, gathered, c.trips, c.trained and self.training, c.itemsize, c.sums, regions[0])
             traffic[use] = traffic.get(use, 0.0) + c.count * c.elements * c.itemsize
         if self._whole_optimizer:
             full = self.layout.on(mesh, inner.preset(fsdp))
@@ -285,7 +289,7 @@ class TracedModel:
             small = (x for x in jax.tree.leaves(self.opt_state) if math.prod(x.shape) <= 1)
             optimizer_r[-1] += sum(x.dtype.itemsize for x in small) - self._scalars_counted()
         gradients_r = elements_r * max(self.width, 4) * self.training
-        self._kept[key] = np.stack([elements_r * self.width, gradients_r, optimizer_r]), traffic
+        self._kept[key] = np.stack([params_r, gradients_r, optimizer_r]), traffic
         return self._kept[key]
 
     def _scalars_counted(self) -> int:

@@ -208,13 +208,13 @@ def workload(
     Args:
         traced: from `sharding_rules.trace`; with `grad`, the first leaf of its result is the loss.
         remat: what the backward pass computes again, applied as `Layout.pin` does.
-        grad: add the gradients by the floating parameters. False for prediction.
+        grad: add the gradients by the parameters that are trained. False for prediction.
         fused_attention: count attention as one operation that keeps no scores in memory. Its flops are those of the
             model as written: a kernel that computes the scores again in its backward pass has one product more.
         params, batch: names of the arguments that hold the parameters and the examples.
 
     Raises:
-        ValueError: no scalar loss, no floating parameter, or `remat` without `grad`.
+        ValueError: no scalar loss, no parameter that is trained, or `remat` without `grad`.
     """
     step = analyse_step(traced, remat=remat, grad=grad, params=params, batch=batch)
     return workload_of(step, fused_attention=fused_attention)

@@ -2,6 +2,7 @@
 
 from sharding_rules.errors import PlanError
 from sharding_rules.explain import format_bytes
+from sharding_rules.frozen import Frozen, NotTrained, is_frozen, split_frozen, trainable
 from sharding_rules.kernels import AttentionCall, Kernels, attention
 from sharding_rules.layout import Layout, make_layout
 from sharding_rules.mesh import AXES, BATCH_AXES, CONTEXT, DATA, EXPERT, FSDP, STAGE, TENSOR, MeshShape, make_mesh
@@ -19,18 +20,23 @@ __all__ = [
     "TENSOR",
     "AttentionCall",
     "ExpertsCall",
+    "Frozen",
     "Kernels",
     "Layout",
     "MeshShape",
+    "NotTrained",
     "PlanError",
     "TracedFunction",
     "abstract",
     "attention",
     "experts",
     "format_bytes",
+    "is_frozen",
     "make_layout",
     "make_mesh",
     "path_str",
+    "split_frozen",
     "trace",
+    "trainable",
     "tree_paths",
 ]
