@@ -12,6 +12,7 @@ from redco_like.cli.terminal import UsageError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Task = Literal["train", "prefill", "decode"]
+PlanTask = Literal["train", "prefill", "decode", "serve"]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Attention = Literal["fused", "plain"]
 
@@ -33,8 +34,8 @@ class Problem:
     """Tokens per example."""
     global_batch: Annotated[int | None, optional("N", "that of the run file's batch")] = None
     """Examples per step, over all devices."""
-    task: Task = "train"
-    """A step of training, of a whole prompt, or of one more token after a cache of seq-len."""
+    task: PlanTask = "train"
+    """A step of training, of a whole prompt, or of one more token after a cache of seq-len; or a server of both."""
     optimizer: Annotated[str, tyro.conf.arg(metavar="NAME")] = "adamw"
     """Its state takes memory and time. A run file brings its own."""
     dtype: Dtype = "bfloat16"

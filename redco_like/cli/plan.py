@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.markup import escape
 
+from redco_like.cli import sizing
 from redco_like.cli.options import Flag, Problem, SearchOptions, optional
+from redco_like.cli.sizing import Serving
 from redco_like.cli.terminal import Terminal, UsageError, check_folder, write_text
 from redco_like.cli.verify import CompileOptions
 
@@ -46,6 +48,7 @@ class Plan:
     """
 
     problem: Problem
+    serving: Serving
     search: SearchOptions
     output: Output
     compiler: CompileOptions
@@ -60,8 +63,11 @@ class Plan:
         output = self.output
         if output.verify < 0:
             raise UsageError(f"--verify {output.verify}; how many of the best plans to compile, a number from 0 up")
+        self.serving.check(self.problem.task)
         for path in (output.out, output.report):
             check_folder(path)
+        if self.problem.task == "serve":
+            return sizing.run(self, terminal)
         record = {**self.problem.record(), "memory_share": self.search.memory_share}
         with terminal.progress(f"reading {record['cluster']}") as tell:
             constraints = planning.constraints(self.search)
