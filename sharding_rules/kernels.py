@@ -120,6 +120,7 @@ def plain_attention(
     Args:
         more: see `attention`.
         keep: which scores count; of shape (1 or B, 1, 1, 1 or L, M).
+        bias_1NLM: added to the scores; (1 or B, N, L, M).
 
     Returns:
         (B, L, N, V), in the dtype of the values.
@@ -140,7 +141,7 @@ def plain_attention(
     if softcap:
         scores_BKGLM = softcap * jnp.tanh(scores_BKGLM / softcap)
     if bias_1NLM is not None:
-        scores_BKGLM += bias_1NLM.reshape(1, K, N // K, L, M).astype(jnp.float32)
+        scores_BKGLM += bias_1NLM.reshape(-1, K, N // K, L, M).astype(jnp.float32)
     if keep is not None:
         scores_BKGLM = jnp.where(keep, scores_BKGLM, MASKED)
     weights_BKGLM = jax.nn.softmax(scores_BKGLM, axis=-1).astype(v_BMKV.dtype)
@@ -148,19 +149,30 @@ def plain_attention(
 
 
 def causal_keep(L: int, M: int, position: jax.Array | None, window: Any) -> jax.Array:
-    """Which scores count, (1, 1, 1, L, M): of no later keys, and of the last `window` ones if that is not None."""
-    distance_LM = distances(L, M, position)
-    keep = distance_LM >= 0
+    """Which scores count: of no later keys, and of the last `window` ones if that is not None.
+
+    Returns:
+        (1, 1, 1, L, M), or (B, 1, 1, L, M) where `position` (see `distances`) differs between rows.
+    """
+    distance = distances(L, M, position)
+    keep = distance >= 0
     if window is not None:
-        keep &= distance_LM < window
-    return keep[None, None, None]
+        keep &= distance < window
+    return keep.reshape(-1, 1, 1, L, M)
 
 
 def distances(L: int, M: int, position: jax.Array | None) -> jax.Array:
-    """How many tokens each key (of M) lies before each query (of L), the first of which is at `position`."""
-    query = jax.lax.broadcasted_iota(jnp.int32, (L, M), 0)
-    query = query if position is None else query + position
-    return query - jax.lax.broadcasted_iota(jnp.int32, (L, M), 1)
+    """How many tokens each key (of M) lies before each query (of L), the first of which is at `position`.
+
+    Returns:
+        (L, M), or (B, L, M) where the rows have positions of their own (B,).
+    """
+    rows = () if position is None else position.shape
+    shape, last = (*rows, L, M), len(rows) + 1
+    query = jax.lax.broadcasted_iota(jnp.int32, shape, last - 1)
+    if position is not None:
+        query += jnp.broadcast_to(position[:, None, None], shape) if rows else position
+    return query - jax.lax.broadcasted_iota(jnp.int32, shape, last)
 
 
 def attention_call(eqn: JaxprEqn) -> AttentionCall | None:

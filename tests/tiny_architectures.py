@@ -14,6 +14,7 @@ DECODERS = (
     "gpt-j-6b",
     "gpt-neox-20b",
     "opt-125m",
+    "opt-350m",
     "mpt-7b",
     "llama-3-8b",
     "mistral-7b",
@@ -27,9 +28,9 @@ DECODERS = (
     "deepseek-v2",
     "deepseek-v3",
 )
-OTHERS = ("t5-base", "t5-v1.1-base", "bert-base", "vit-b16")
+OTHERS = ("t5-base", "t5-v1.1-base", "bart-base", "mbart-large", "bert-base", "vit-b16")
 FAMILIES = DECODERS + OTHERS
-ALIKE = frozenset({"gpt-neox-20b", "opt-125m", "qwen2-7b", "gemma-2b", "deepseek-v2", "t5-base"})
+ALIKE = frozenset({"gpt-neox-20b", "opt-125m", "qwen2-7b", "gemma-2b", "deepseek-v2", "t5-base", "mbart-large"})
 """Made of the same parts as another one; where a test compiles, these are marked slow."""
 
 
@@ -40,6 +41,8 @@ def tiny(name: str, **changes) -> ModelConfig:
     small["kv_heads"] = 2 if config.kv_heads < config.heads else 4
     if config.vocab:
         small["vocab"] = 56
+    if config.token_width:
+        small["token_width"] = 20
     if config.kind == "encoder-decoder":
         small |= {"decoder_layers": 2, "buckets": 8, "bucket_distance": 16}
     if config.kind == "vision":

@@ -27,10 +27,11 @@ class Context(NamedTuple):
     """What all layers share.
 
     Attributes:
-        cos_LR, sin_LR: of rotary positions.
+        cos_LR, sin_LR: of rotary positions; (B, L, R) where rows differ.
         bias_1NLM: added to the scores (T5).
         keep_BM: which keys are no padding.
-        position: of the first query in the cache; None where queries and keys are the same tokens, from the first on.
+        position: of the first query in the cache, one for all rows or one each (B,); None where queries and keys are
+            the same tokens, from the first on.
     """
 
     cos_LR: jax.Array | None = None
@@ -103,11 +104,16 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Self-attention, or attention to `memory_BMD`. q, k, v and out are separate kernels (embed, heads * head_dim)."""
+    """Self-attention. q, k, v and out are separate kernels (embed, heads * head_dim).
+
+    Attributes:
+        reach: how many positions of the cache are read, from the first on; None for all.
+    """
 
     config: ModelConfig
     dtype: Any
     causal: bool = True
+    reach: int | None = None
 
     @nn.compact
     def __call__(
@@ -116,27 +122,25 @@ class Attention(nn.Module):
         context: Context,
         layer: PerLayer,
         cache: Cache | None = None,
-        memory_BMD: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        source_BMD = x_BLD if memory_BMD is None else memory_BMD
 
         def heads(x: jax.Array, count: int, name: str) -> jax.Array:
             y = dense(count * c.head_dim, name, c.qkv_bias, self.dtype)(x)
             return y.reshape(*x.shape[:2], count, c.head_dim)
 
         q_BLNH = heads(x_BLD, c.heads, "q")
-        k_BMKH, v_BMKH = heads(source_BMD, c.kv_heads, "k"), heads(source_BMD, c.kv_heads, "v")
+        k_BMKH, v_BMKH = heads(x_BLD, c.kv_heads, "k"), heads(x_BLD, c.kv_heads, "v")
         if c.qk_norm:
-            q_BLNH = Norm("rms", c.norm_eps, False, self.dtype, name="q_norm")(q_BLNH)
-            k_BMKH = Norm("rms", c.norm_eps, False, self.dtype, name="k_norm")(k_BMKH)
+            q_BLNH = Norm(c.norm, c.norm_eps, False, self.dtype, name="q_norm")(q_BLNH)
+            k_BMKH = Norm(c.norm, c.norm_eps, False, self.dtype, name="k_norm")(k_BMKH)
         if context.cos_LR is not None and context.sin_LR is not None:
             q_BLNH = rotate(q_BLNH, context.cos_LR, context.sin_LR, c.rope_interleaved)
             k_BMKH = rotate(k_BMKH, context.cos_LR, context.sin_LR, c.rope_interleaved)
         if cache is not None:
             cache = store(cache, context, layer, keys=k_BMKH.swapaxes(1, 2), values=v_BMKH.swapaxes(1, 2))
             if context.position is not None:
-                k_BMKH, v_BMKH = (load(cache, layer, name).swapaxes(1, 2) for name in ("keys", "values"))
+                k_BMKH, v_BMKH = (load(cache, layer, name, self.reach).swapaxes(1, 2) for name in ("keys", "values"))
         L, M = q_BLNH.shape[1], k_BMKH.shape[1]
         bias = alibi(c.heads, L, M, context.position) if c.position == "alibi" else context.bias_1NLM
         o_BLNH = attend(q_BLNH, k_BMKH, v_BMKH, c, context, layer, causal=self.causal, bias_1NLM=bias)
@@ -155,6 +159,7 @@ class LatentAttention(nn.Module):
     config: ModelConfig
     latent: Latent
     dtype: Any
+    reach: int | None = None
 
     @nn.compact
     def __call__(
@@ -184,8 +189,8 @@ class LatentAttention(nn.Module):
             v_BLNV = (c_BLR @ v_b).reshape(B, L, N, m.value_dim)
             o_BLNV = attend(q_BLNH, k_BLNH, v_BLNV, c, context, layer, causal=True, more=(q_rope, k_rope))
         else:
-            c_BM1R = load(cache, layer, "latent")[:, :, None]
-            k_rope = load(cache, layer, "rope")[:, :, None]
+            c_BM1R = load(cache, layer, "latent", self.reach)[:, :, None]
+            k_rope = load(cache, layer, "rope", self.reach)[:, :, None]
             q_BLNR = jnp.einsum("blnh,rnh->blnr", q_BLNH, k_b.reshape(m.kv_rank, N, m.nope_dim))
             o_BLNR = attend(q_BLNR, c_BM1R, c_BM1R, c, context, layer, causal=True, more=(q_rope, k_rope))
             o_BLNV = jnp.einsum("blnr,rnv->blnv", o_BLNR, v_b.reshape(m.kv_rank, N, m.value_dim))
@@ -206,56 +211,76 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: Any) -> Cach
 
 
 def store(cache: Cache, context: Context, layer: PerLayer, **new: jax.Array) -> Cache:
-    """Write what one layer adds; the length is the dimension before the last."""
+    """Write what one layer adds; the length is the dimension before the last.
+
+    Where rows have positions of their own, a row whose new tokens do not all fit writes nothing.
+    """
     zero = jnp.int32(0)
     position = zero if context.position is None else context.position
     index = zero if layer.index is None else layer.index
     cache = dict(cache)
     for name, x in new.items():
-        start = (index, *([zero] * (x.ndim - 2)), position, zero)
-        cache[name] = jax.lax.dynamic_update_slice(cache[name], x[None].astype(cache[name].dtype), start)
+        x = x.astype(cache[name].dtype)
+        if position.ndim:
+            cache[name] = _store_rows(cache[name], x, index, position)
+        else:
+            start = (index, *([zero] * (x.ndim - 2)), position, zero)
+            cache[name] = jax.lax.dynamic_update_slice(cache[name], x[None], start)
     return cache
 
 
-def load(cache: Cache, layer: PerLayer, name: str) -> jax.Array:
-    """What one layer has stored."""
-    return jax.lax.dynamic_index_in_dim(cache[name], 0 if layer.index is None else layer.index, 0, keepdims=False)
+def _store_rows(cache: jax.Array, x: jax.Array, index: jax.Array, position_B: jax.Array) -> jax.Array:
+    """Write (B, ..., L, width) at one layer's `index`, each row from its own position on.
+
+    Rows are a batching dimension of the scatter: where they are split over devices, each writes its own.
+    """
+    rows = position_B.shape[0]
+    where_B2 = jnp.stack([jnp.broadcast_to(index, (rows,)), position_B], axis=-1)
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, x.ndim)),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, cache.ndim - 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    return jax.lax.scatter(cache, where_B2, x, numbers, indices_are_sorted=True, unique_indices=True, mode="drop")
+
+
+def load(cache: Cache, layer: PerLayer, name: str, reach: int | None = None) -> jax.Array:
+    """What one layer has stored, in the first `reach` positions (None: in all)."""
+    x, index = cache[name], 0 if layer.index is None else layer.index
+    if reach is None or reach == x.shape[-2]:
+        return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+    zero = jnp.int32(0)
+    sizes = (1, *x.shape[1:-2], reach, x.shape[-1])
+    return jax.lax.dynamic_slice(x, (index, *[zero] * (x.ndim - 1)), sizes)[0]
 
 
 # Positions.
 
 
 def alibi(heads: int, L: int, M: int, position: jax.Array | None) -> jax.Array:
-    """Attention with linear biases (arXiv 2108.12409): minus slope times distance, (1, heads, L, M)."""
+    """Attention with linear biases (arXiv 2108.12409): minus slope times distance, (1 or B, heads, L, M)."""
     power = 2 ** math.ceil(math.log2(heads))
     slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
     if power != heads:
         slopes = np.concatenate([slopes[1::2], slopes[::2]])[:heads]
-    distance_LM = distances(L, M, position).astype(jnp.float32)
-    return -distance_LM[None, None] * jnp.asarray(slopes, jnp.float32)[None, :, None, None]
-
-
-def bucket_bias(table_RN: jax.Array, L: int, M: int, *, both_ways: bool, buckets: int, distance: int) -> jax.Array:
-    """T5's relative bias, (1, heads, L, M): near positions exact, far ones by logarithm."""
-    before_LM = distances(L, M, None)
-    first = jnp.zeros_like(before_LM)
-    if both_ways:
-        buckets //= 2
-        first = jnp.where(before_LM < 0, buckets, 0)
-        before_LM = jnp.abs(before_LM)
-    before_LM = jnp.maximum(before_LM, 0)
-    exact = buckets // 2
-    far = jnp.log(jnp.maximum(before_LM, 1).astype(jnp.float32) / exact) / math.log(distance / exact)
-    far = jnp.minimum(exact + (far * (buckets - exact)).astype(jnp.int32), buckets - 1)
-    bucket_LM = first + jnp.where(before_LM < exact, before_LM, far)
-    return jnp.transpose(table_RN[bucket_LM], (2, 0, 1))[None]
+    distance_BLM = distances(L, M, position).astype(jnp.float32).reshape(-1, L, M)
+    return -distance_BLM[:, None] * jnp.asarray(slopes, jnp.float32)[None, :, None, None]
 
 
 def rotary(c: ModelConfig, length: int, position: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, (length, rotated dimensions of a head), in float32; each angle twice, as its pair lies."""
+    """Cosines and sines, (length, rotated dimensions of a head), in float32; each angle twice, as its pair lies.
+
+    Where rows have positions of their own (B,), there is a dimension of rows before these.
+    """
     frequencies, factor = rope_frequencies(c)
     frequencies = np.repeat(frequencies, 2) if c.rope_interleaved else np.tile(frequencies, 2)
     steps = jnp.arange(length, dtype=jnp.float32)
+    if position is not None and position.ndim:
+        steps = steps[None] + position.astype(jnp.float32)[:, None]
+        angle_BLR = steps[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
+        return jnp.cos(angle_BLR) * factor, jnp.sin(angle_BLR) * factor
     steps = steps if position is None else steps + position.astype(jnp.float32)
     angle_LR = steps[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
     return jnp.cos(angle_LR) * factor, jnp.sin(angle_LR) * factor
@@ -276,9 +301,12 @@ def rotate(x_BLNH: jax.Array, cos_LR: jax.Array, sin_LR: jax.Array, interleaved:
         turned = jnp.concatenate([-second, first], axis=-1)
     if rest:
         turned = jnp.pad(turned, [(0, 0)] * 3 + [(0, rest)])
-        cos_LR = jnp.pad(cos_LR, ((0, 0), (0, rest)), constant_values=1.0)
-        sin_LR = jnp.pad(sin_LR, ((0, 0), (0, rest)))
-    return (x * cos_LR[None, :, None] + turned * sin_LR[None, :, None]).astype(x_BLNH.dtype)
+        widths = [(0, 0)] * (cos_LR.ndim - 1) + [(0, rest)]
+        cos_LR = jnp.pad(cos_LR, widths, constant_values=1.0)
+        sin_LR = jnp.pad(sin_LR, widths)
+    if cos_LR.ndim == 2:
+        cos_LR, sin_LR = cos_LR[None], sin_LR[None]
+    return (x * cos_LR[:, :, None] + turned * sin_LR[:, :, None]).astype(x_BLNH.dtype)
 
 
 def rope_frequencies(c: ModelConfig) -> tuple[np.ndarray, float]:

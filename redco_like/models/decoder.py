@@ -27,6 +27,7 @@ class Block(nn.Module):
     dtype: Any
     dense_mlp: bool = False
     causal: bool = True
+    reach: int | None = None
 
     @nn.compact
     def __call__(
@@ -38,9 +39,11 @@ class Block(nn.Module):
         def attention(x: jax.Array) -> jax.Array:
             nonlocal cache
             if c.latent is not None:
-                y, cache = LatentAttention(c, c.latent, self.dtype, name="attention")(x, context, layer, cache)
+                y, cache = LatentAttention(c, c.latent, self.dtype, self.reach, name="attention")(
+                    x, context, layer, cache
+                )
             else:
-                y, cache = Attention(c, self.dtype, self.causal, name="attention")(x, context, layer, cache)
+                y, cache = Attention(c, self.dtype, self.causal, self.reach, name="attention")(x, context, layer, cache)
             return y
 
         def hidden(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -77,21 +80,20 @@ class Layers(nn.Module):
     config: ModelConfig
     dtype: Any
     causal: bool = True
+    reach: int | None = None
 
     @nn.compact
     def __call__(
         self, x_BLD: jax.Array, context: Context, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         c = self.config
-        windows = np.full(c.layers, c.window, np.int32)
-        if c.global_every:
-            windows[c.global_every - 1 :: c.global_every] = np.iinfo(np.int32).max
+        windows = np.array([window or np.iinfo(np.int32).max for window in c.windows], np.int32)
         balance = jnp.float32(0)
         stacks = [("dense_layers", 0, c.dense_layers)] if c.dense_layers else []
         for name, start, stop in [*stacks, ("layers", c.dense_layers, c.layers)]:
             layer = PerLayer(
                 None if cache is None else jnp.arange(start, stop, dtype=jnp.int32),
-                jnp.asarray(windows[start:stop]) if c.window and c.global_every else None,
+                jnp.asarray(windows[start:stop]) if c.windows else None,
             )
             stack = nn.scan(
                 Block,
@@ -99,7 +101,7 @@ class Layers(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=stop - start,
-            )(c, self.dtype, name == "dense_layers", self.causal, name=name)
+            )(c, self.dtype, name == "dense_layers", self.causal, self.reach, name=name)
             (x_BLD, cache), losses = stack((x_BLD, cache), layer, context)
             balance += losses.sum()
         return x_BLD, cache, balance
@@ -108,7 +110,8 @@ class Layers(nn.Module):
 class Decoder(nn.Module):
     """Token ids (B, L) to logits (B, L, V), the cache and the balance loss.
 
-    With a cache and no position the tokens are a prompt, and only the last token's logits are made: (B, 1, V).
+    With a cache and no position the tokens are a prompt, and only the last token's logits are made: (B, 1, V). With
+    `last_B` these are the logits of the token of that index in each row.
     """
 
     config: ModelConfig
@@ -116,25 +119,39 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BL: jax.Array, cache: Cache | None = None, position: jax.Array | None = None
+        self,
+        tokens_BL: jax.Array,
+        cache: Cache | None = None,
+        position: jax.Array | None = None,
+        last_B: jax.Array | None = None,
+        reach: int | None = None,
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         c = self.config
         L = tokens_BL.shape[1]
-        table_VD = self.param("embed", normal, (c.vocab, c.embed)).astype(self.dtype)
+        table_VD = self.param("embed", normal, (c.vocab, c.token_width or c.embed)).astype(self.dtype)
         x_BLD = table_VD[tokens_BL]
+        if c.token_width:
+            x_BLD = dense(c.embed, "embed_in", False, self.dtype)(x_BLD)
         if c.embed_scale:
             x_BLD *= jnp.asarray(c.embed**0.5, self.dtype)
         if c.position == "learned":
             table_PD = self.param("positions", normal, (c.max_length + c.position_offset, c.embed)).astype(self.dtype)
             start = c.position_offset if position is None else position + c.position_offset
-            x_BLD += jax.lax.dynamic_slice_in_dim(table_PD, start, L)[None]
+            if position is not None and position.ndim:
+                x_BLD += table_PD[position[:, None] + jnp.arange(c.position_offset, c.position_offset + L)[None]]
+            else:
+                x_BLD += jax.lax.dynamic_slice_in_dim(table_PD, start, L)[None]
         cos, sin = rotary(c, L, position) if c.position == "rotary" else (None, None)
         context = Context(cos_LR=cos, sin_LR=sin, position=position)
-        x_BLD, cache, balance = Layers(c, self.dtype, name="stack")(x_BLD, context, cache)
-        if cache is not None and position is None:
+        x_BLD, cache, balance = Layers(c, self.dtype, reach=reach, name="stack")(x_BLD, context, cache)
+        if last_B is not None:
+            x_BLD = jax.vmap(lambda x_LD, last: jax.lax.dynamic_slice_in_dim(x_LD, last, 1))(x_BLD, last_B)
+        elif cache is not None and position is None:
             x_BLD = x_BLD[:, -1:]
         if c.final_norm:
             x_BLD = norm(c, self.dtype, "norm")(x_BLD)
+        if c.token_width:
+            x_BLD = dense(c.token_width, "embed_out", False, self.dtype)(x_BLD)
         if c.tied:
             logits_BLV = jnp.einsum("bld,vd->blv", x_BLD, table_VD)
         else:

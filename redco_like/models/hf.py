@@ -351,6 +351,8 @@ def _t5(k: Keys) -> dict[str, Any]:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"feed_forward_proj={form!r} is not supported; supported: relu, gated-gelu, gated-silu")
     layers = k.size("num_layers")
+    # Newer files say that all heads are tied, of which only those are that have their input scaled.
+    scaled = k.get("scale_decoder_outputs", k.get("tie_word_embeddings", True))
     return {
         "kind": "encoder-decoder",
         **{"vocab": k.size("vocab_size"), "embed": k.size("d_model"), "layers": layers, "heads": k.size("num_heads")},
@@ -358,7 +360,7 @@ def _t5(k: Keys) -> dict[str, Any]:
         **{"norm": "rms", "norm_eps": k.get("layer_norm_epsilon", 1e-6), "position": "buckets"},
         **{"buckets": k.get("relative_attention_num_buckets", 32), "attention_scale": 1.0},
         **{"bucket_distance": k.get("relative_attention_max_distance", 128), "max_length": k.get("n_positions", 512)},
-        **{"activation": _ACTIVATIONS[activation], "gated": gated, "tied": k.get("tie_word_embeddings", True)},
+        **{"activation": _ACTIVATIONS[activation], "gated": gated, "tied": scaled},
     }
 
 

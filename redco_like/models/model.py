@@ -5,6 +5,12 @@ params = model.init_fn(jax.random.key(0))
 total, count = model.loss_fn(params, {"tokens": tokens, "labels": labels})
 logits, cache = model.prefill(params, prompt, model.init_cache(rows=8, length=256))
 logits, cache = model.decode(params, tokens, cache, position)
+logits, cache = model.extend(params, tokens, cache, position_B)      # each row at a position of its own
+
+An encoder-decoder reads the source first, and then goes on as a decoder does:
+
+memory = model.encode(params, source, mask)
+logits, cache = model.prefill(params, first_tokens, model.init_cache(rows=8, length=256, source=512), memory)
 """
 
 from __future__ import annotations
@@ -19,10 +25,10 @@ from redco_like.models.attention import Cache, empty_cache
 from redco_like.models.config import ModelConfig
 from redco_like.models.decoder import Decoder
 from redco_like.models.encoder import Bert, Vit
+from redco_like.models.encoder_decoder import EncoderDecoder, Memory, empty_memory
 from redco_like.models.layers import cross_entropy
-from redco_like.models.t5 import T5
 
-MODULES = {"decoder": Decoder, "encoder": Bert, "vision": Vit, "encoder-decoder": T5}
+MODULES = {"decoder": Decoder, "encoder": Bert, "vision": Vit, "encoder-decoder": EncoderDecoder}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Model:
         """Shapes of a training batch, as `loss_fn` reads it.
 
         Decoders: tokens and labels (the next tokens; negative ones are left out). BERT: tokens and labels, of which
-        those not asked for are negative. T5: source and labels, both of `seq_len`. ViT: images and labels.
+        those not asked for are negative. T5 and BART: source and labels, both of `seq_len`. ViT: images and labels.
 
         Raises:
             ValueError: `seq_len` is missing, or longer than a table of positions.
@@ -74,11 +80,9 @@ class Model:
         """Draw the parameters."""
         ids = jnp.zeros((1, 1), jnp.int32)
         c = self.config
-        inputs = {
-            "vision": (jnp.zeros((1, c.image, c.image, c.channels), jnp.float32),),
-            "encoder-decoder": (ids, ids),
-        }
-        return self.module.init(rng, *inputs.get(c.kind, (ids,)))["params"]
+        first = jnp.zeros((1, c.image, c.image, c.channels), jnp.float32) if c.kind == "vision" else ids
+        more = {"source": ids} if c.kind == "encoder-decoder" else {}
+        return self.module.init(rng, first, **more)["params"]
 
     def loss_fn(self, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Sum of the cross entropy, with the experts' balance loss in proportion, and the number of labels."""
@@ -92,38 +96,106 @@ class Model:
             case "encoder":
                 return cross_entropy(apply(variables, batch["tokens"], batch.get("types"), batch.get("mask")), labels)
             case "encoder-decoder":
-                # The decoder reads the labels one place to the right, after the padding token 0.
-                tokens_BL = jnp.pad(jnp.maximum(labels, 0)[:, :-1], ((0, 0), (1, 0)))
-                return cross_entropy(apply(variables, batch["source"], tokens_BL, batch.get("mask")), labels)
+                self._check_source(batch["source"])
+                # The decoder reads the labels one place to the right, and the start token for one that is left out.
+                shifted_BL = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+                tokens_BL = jnp.where(shifted_BL < 0, c.start_token, shifted_BL)
+                logits, _ = apply(variables, tokens_BL, source=batch["source"], keep=batch.get("mask"))
+                return cross_entropy(logits, labels)
         logits, _, balance = apply(variables, batch["tokens"])
         total, count = cross_entropy(logits, labels)
         if c.experts is not None and c.experts.balance:
             total += c.experts.balance * balance * count
         return total, count
 
-    def init_cache(self, rows: int, length: int, dtype: str | None = None) -> Cache:
-        """An empty cache for `rows` sequences of up to `length` tokens."""
-        self._check_decoder()
-        return empty_cache(self.config, rows, self.check_length(length), jnp.dtype(dtype or self.dtype))
+    def init_cache(self, rows: int, length: int, dtype: str | None = None, *, source: int | None = None) -> Cache:
+        """An empty cache for `rows` sequences of up to `length` tokens; an encoder-decoder's, of sources of `source`.
 
-    def prefill(self, params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Read a prompt (B, L) from position 0 on: logits of its last token (B, 1, V), and the cache with it."""
+        Without `source` an encoder-decoder's sources are as long as what it writes.
+        """
         self._check_decoder()
-        logits, cache, _ = self.module.apply({"params": params}, tokens, cache)
+        c, kind = self.config, jnp.dtype(dtype or self.dtype)
+        length = self.check_length(length)
+        if c.kind == "decoder":
+            return empty_cache(c, rows, length, kind)
+        more = empty_memory(c, rows, length if source is None else self.check_length(source), kind)
+        return {**empty_cache(dataclasses.replace(c, layers=c.decoder_layers), rows, length, kind), **more}
+
+    def encode(self, params: Any, source: jax.Array, mask: jax.Array | None = None) -> Memory:
+        """Read the source (B, S) of an encoder-decoder; `mask` (B, S) tells what of it is no padding.
+
+        Raises:
+            ValueError: another kind of model, a source that is empty or longer than the table of positions.
+        """
+        if self.config.kind != "encoder-decoder":
+            raise ValueError(f"{self.config.family} ({self.config.kind}) has no encoder apart from its decoder")
+        self._check_source(source)
+        return self.module.apply({"params": params}, source, mask, method="encode")
+
+    def prefill(
+        self, params: Any, tokens: jax.Array, cache: Cache, memory: Memory | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Read a prompt (B, L) from position 0 on: logits of its last token (B, 1, V), and the cache with it.
+
+        An encoder-decoder's prompt is what its decoder begins with, such as the start token; it needs the memory of its
+        source, of which the cache keeps the keys and values.
+        """
+        self._check_decoder()
+        more = {}
+        if self.config.kind == "encoder-decoder":
+            if memory is None:
+                raise ValueError(f"{self.config.family}: prefill needs memory=model.encode(params, source)")
+            more = {"memory": memory}
+        logits, cache, *_ = self.module.apply({"params": params}, tokens, cache, **more)
         return logits, cache
 
     def decode(self, params: Any, tokens: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
         """Read the tokens (B, 1) at a position (a scalar, the same for all rows): logits (B, 1, V), and the cache."""
         self._check_decoder()
-        logits, cache, _ = self.module.apply({"params": params}, tokens, cache, position)
+        logits, cache, *_ = self.module.apply({"params": params}, tokens, cache, position)
         return logits, cache
 
+    def extend(
+        self,
+        params: Any,
+        tokens_BL: jax.Array,
+        cache: Cache,
+        position_B: jax.Array,
+        *,
+        last_B: jax.Array | None = None,
+        reach: int | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Read L tokens of each row, from the row's own position on.
+
+        Tokens after `last_B` are padding: what they leave in the cache is hidden, as it lies behind the row's last
+        token, and is written over by what the row reads next. A row whose `position_B` is the length of the cache (or
+        so near to it that not all L tokens fit) writes nothing.
+
+        Args:
+            last_B: index in L of each row's last token, whose logits are made; None for L - 1.
+            reach: how many positions of the cache attention reads, static: more than every row's last position;
+                None for all.
+
+        Returns:
+            Logits (B, 1, V), and the cache with what is new.
+        """
+        self._check_decoder()
+        if last_B is None and tokens_BL.shape[1] > 1:
+            last_B = jnp.full(tokens_BL.shape[:1], tokens_BL.shape[1] - 1, jnp.int32)
+        logits_B1V, cache, *_ = self.module.apply({"params": params}, tokens_BL, cache, position_B, last_B, reach)
+        return logits_B1V, cache
+
     def _check_decoder(self) -> None:
-        if self.config.kind != "decoder":
+        if self.config.kind not in ("decoder", "encoder-decoder"):
             raise ValueError(
                 f"{self.config.family} ({self.config.kind}) has no prefill and decode; only decoders have: "
                 "plan its training, or a decoder such as gpt2"
             )
+
+    def _check_source(self, source: jax.Array) -> None:
+        if not source.shape[1]:
+            raise ValueError(f"{self.config.family}: a source of shape {source.shape} is empty; nearest: 1 token")
+        self.check_length(source.shape[1])
 
 
 def build_model(config: ModelConfig, *, dtype: str = "bfloat16") -> Model:
