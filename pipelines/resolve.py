@@ -12,7 +12,7 @@ import dataclasses
 import math
 import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from search import Cluster, Plan, Space, TracedModel, solve
 from search.attention import axes_without_kernel, runs_as_kernel
 from search.costing import Costed
-from sharding_rules import DATA, FSDP, TENSOR, MeshShape, PlanError, TracedFunction
+from sharding_rules import AXES, DATA, FSDP, TENSOR, MeshShape, PlanError, TracedFunction
 
 Problem = Callable[[], tuple[TracedFunction, Any]]
 """Makes what the planner looks at: the function traced on the whole global batch, and the optimizer state's shapes."""
@@ -37,6 +37,7 @@ def resolve_plan(
     cluster: Callable[[], Cluster] | None = None,
     compute_dtype: str = "float32",
     training: bool = True,
+    forbid: Sequence[str] = (),
 ) -> Plan:
     """Turn `"auto"`, the name of a preset, a `Plan` or the path of a plan file into a `Plan` that the step can run.
 
@@ -48,6 +49,7 @@ def resolve_plan(
         cluster: the devices to plan for; like `problem`. Every process has to get the same.
         compute_dtype: of the plan that is made; a `Plan` or a file has its own.
         training: False where the function is only run forward.
+        forbid: mesh axes that a plan made by `"auto"` does not use.
 
     Raises:
         ValueError: no such file, or a mesh that contradicts the plan's or the devices.
@@ -70,11 +72,18 @@ def resolve_plan(
         return Plan(shape or mesh_for_preset(plan, n_devices), plan, compute_dtype=compute_dtype, reason=reason)
     if problem is None or cluster is None:
         raise ValueError("plan='auto' needs a problem to plan for, and the cluster to plan it for")
-    return _search(problem, cluster(), n_devices, shape, compute_dtype, training=training)
+    return _search(problem, cluster(), n_devices, shape, compute_dtype, training=training, forbid=forbid)
 
 
 def _search(
-    problem: Problem, cluster: Cluster, n_devices: int, mesh: MeshShape | None, compute_dtype: str, *, training: bool
+    problem: Problem,
+    cluster: Cluster,
+    n_devices: int,
+    mesh: MeshShape | None,
+    compute_dtype: str,
+    *,
+    training: bool,
+    forbid: Sequence[str],
 ) -> Plan:
     """The fastest plan that fits; the same on every process, or an error."""
     if cluster.devices != n_devices:
@@ -91,7 +100,7 @@ def _search(
     fixed: dict[str, Any] = {} if mesh is None else dict(mesh.sizes)
     # Axes that the attention kernels do not split over, but for those that the caller has asked for.
     whole = axes_without_kernel(cluster.accelerator.kind, model.plan_fields["attention"])
-    forbid = [axis for axis in whole if fixed.get(axis, 1) == 1]
+    forbid = [axis for axis in AXES if axis in (*whole, *forbid) and fixed.get(axis, 1) == 1]
     fixed = {name: size for name, size in fixed.items() if name not in forbid}
     space = Space(model, cluster, fix=fixed if training else fixed | {"microbatches": 1}, forbid=forbid)
     result = solve(space, runners_up=1)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines import LossOutput
+    from pipelines.generation import SamplingParams
     from redco_like.checkpoint import CheckpointError, CheckpointStore
     from redco_like.data import DataLoader
     from redco_like.deployer import Deployer, DeployError
+    from redco_like.engine import Completion, Engine, Event
     from redco_like.metrics import MetricsLog, Progress, read_metrics
     from redco_like.predictor import Predictor
     from redco_like.trainer import FitResult, Trainer
@@ -21,9 +23,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointError": "redco_like.checkpoint",
     "CheckpointStore": "redco_like.checkpoint",
+    "Completion": "redco_like.engine",
     "DataLoader": "redco_like.data",
     "DeployError": "redco_like.deployer",
     "Deployer": "redco_like.deployer",
+    "Engine": "redco_like.engine",
+    "Event": "redco_like.engine",
     "FitResult": "redco_like.trainer",
     "Frozen": "sharding_rules",
     "LossOutput": "pipelines",
@@ -34,6 +39,7 @@ _HOMES = {
     "PlanError": "sharding_rules",
     "Predictor": "redco_like.predictor",
     "Progress": "redco_like.metrics",
+    "SamplingParams": "pipelines.generation",
     "Trainer": "redco_like.trainer",
     "attention": "sharding_rules",
     "experts": "sharding_rules",
@@ -43,9 +49,12 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "CheckpointStore",
+    "Completion",
     "DataLoader",
     "DeployError",
     "Deployer",
+    "Engine",
+    "Event",
     "FitResult",
     "Frozen",
     "LossOutput",
@@ -56,6 +65,7 @@ __all__ = [
     "PlanError",
     "Predictor",
     "Progress",
+    "SamplingParams",
     "Trainer",
     "attention",
     "experts",

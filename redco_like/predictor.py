@@ -134,7 +134,7 @@ class Predictor:
 
     def _planned(self, first: Any, per_device_batch: int, params: Any, state: Any) -> tuple[Plan, Mesh]:
         """The plan and its mesh: the parameters' own if they live on one, else what the plan says."""
-        home = _home(params)
+        home = home_of(params)
         key = _form((params, state)), home, per_device_batch
         if key not in self._plans:
             shape = self._mesh_wanted
@@ -189,7 +189,7 @@ def rows_of(output: Any) -> list[Any]:
     return [structure.unflatten(row) for row in zip(*leaves, strict=True)]
 
 
-def _home(params: Any) -> Mesh | None:
+def home_of(params: Any) -> Mesh | None:
     """The mesh that all the parameters live on, if there is one."""
     leaves = jax.tree.leaves(params)
     sharding = getattr(leaves[0], "sharding", None) if leaves else None
