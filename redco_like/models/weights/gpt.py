@@ -72,15 +72,20 @@ def gpt_neox(c: ModelConfig, present: Present = None) -> Names:
 
 
 def opt(c: ModelConfig, present: Present = None) -> Names:
+    """OPT-350m has a narrower table, with a kernel on either side of the layers, and no last norm."""
+    W = c.token_width or c.embed
     top = Place(tensor="model.decoder")
-    pieces = [top.part("embed", "embed_tokens.weight", (c.vocab, c.embed))]
-    pieces += positions(c, top, "embed_positions.weight")
+    pieces = [top.part("embed", "embed_tokens.weight", (c.vocab, W)), *positions(c, top, "embed_positions.weight")]
+    if c.token_width:
+        pieces += top.linear("embed_in", "project_in", inputs=W, outputs=c.embed)
+        pieces += top.linear("embed_out", "project_out", inputs=c.embed, outputs=W)
     for layer in layers(c, "model.decoder.layers"):
         pieces += layer.norm("attention_norm", "self_attn_layer_norm", c.embed, bias=True)
         pieces += layer.norm("mlp_norm", "final_layer_norm", c.embed, bias=True)
         pieces += [*separate(c, layer, "self_attn", "out_proj"), *hidden(c, layer, "fc1", "fc2")]
-    pieces += [*top.norm("norm", "final_layer_norm", c.embed, bias=True), *head(c, "lm_head")]
-    return named(c, pieces, "model.", "lm_head")
+    if c.final_norm:
+        pieces += top.norm("norm", "final_layer_norm", c.embed, bias=True)
+    return named(c, [*pieces, *head(c, "lm_head")], "model.", "lm_head")
 
 
 def mpt(c: ModelConfig, present: Present = None) -> Names:
@@ -120,7 +125,7 @@ def positions(c: ModelConfig, top: Place, tensor: str) -> Iterator[Piece]:
 
 def head(c: ModelConfig, tensor: str) -> Iterator[Piece]:
     if not c.tied:
-        yield from Place().linear("head", tensor, inputs=c.embed, outputs=c.vocab, bias=c.head_bias)
+        yield from Place().linear("head", tensor, inputs=c.token_width or c.embed, outputs=c.vocab, bias=c.head_bias)
 
 
 def separate(c: ModelConfig, layer: Place, below: str, out: str) -> Iterator[Piece]:

@@ -83,8 +83,12 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[tuple[str, Any, Any]]:
 
 
 def _plain(c: ModelConfig) -> dict[str, Any]:
-    experts = None if c.experts is None else dataclasses.replace(c.experts, balance=0.0)  # which only training reads
-    return dataclasses.replace(c, experts=experts, rotary_dim=c.rope_dim if c.position == "rotary" else 0).to_record()
+    """The record, without what makes no difference to what the model computes."""
+    changes: dict[str, Any] = {"rotary_dim": c.rope_dim if c.position == "rotary" else 0}
+    if (e := c.experts) is not None:
+        changes["experts"] = dataclasses.replace(e, balance=0.0)  # which only training reads
+        changes["mlp"] = c.mlp if e.dense_layers else e.mlp
+    return dataclasses.replace(c, **changes).to_record()
 
 
 def _equal(a: Any, b: Any) -> bool:

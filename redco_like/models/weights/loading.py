@@ -15,6 +15,7 @@ import difflib
 import functools
 import json
 import logging
+import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from redco_like.models.weights.check import matched
 from redco_like.models.weights.files import DTYPES, Tensor, WeightsError, folder_of, open_checkpoint
 from redco_like.models.weights.layout import Placement, place
 from redco_like.models.weights.names import Names
-from redco_like.models.weights.read import CHUNK_BYTES, STAGED_CHUNK_BYTES, Progress, read_into
+from redco_like.models.weights.read import Progress, read_into
 from redco_like.models.weights.shards import Leaf, Transfers
 from search import Plan
 from sharding_rules import MeshShape, path_str
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from redco_like.models.model import Model
 
 logger = logging.getLogger("redco_like.models")
+
+_STAGED_ABOVE_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,27 +125,29 @@ def fill(
     names: Names,
     tensors: dict[str, Tensor],
     *,
-    staged: bool | None = None,
+    staged_above: int | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Read all parameters; a tree of dicts.
 
     Args:
-        staged: move parts to the devices as they come, and keep no shard on the host; default where devices have memory
-            of their own.
+        staged_above: parameters of which this process holds more bytes are put together on their devices; default
+            256 MiB, and none for CPU devices, which share the host's memory.
     """
-    transfers = Transfers()
-    if staged is None:
-        staged = any(next(iter(s.device_set)).platform != "cpu" for s in placement.shardings.values())
-    leaves = {
-        path: Leaf(path, shape, dtypes[path], placement.shardings[path], staged=staged, transfers=transfers)
-        for path, shape in shapes.items()
-    }
-    chunk_bytes = STAGED_CHUNK_BYTES if staged else CHUNK_BYTES
-    read_into(leaves, names.pieces, tensors, chunk_bytes=chunk_bytes, progress=progress)
+    platforms = {next(iter(sharding.device_set)).platform for sharding in placement.shardings.values()}
+    if staged_above is None and platforms != {"cpu"}:
+        staged_above = _STAGED_ABOVE_BYTES
+    transfers, leaves = Transfers(), {}
+    for path, shape in shapes.items():
+        sharding, dtype = placement.shardings[path], dtypes[path]
+        size = len(sharding.addressable_devices) * math.prod(sharding.shard_shape(shape)) * dtype.itemsize
+        staged = staged_above is not None and size > staged_above
+        leaves[path] = Leaf(path, shape, dtype, sharding, staged=staged, transfers=transfers)
+    read_into(leaves, names.pieces, tensors, progress=progress)
     return nested({path: leaf.array() for path, leaf in leaves.items()})
 
 
+@functools.lru_cache(32)
 def abstract_params(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's parameters by path."""
     from redco_like.models.model import build_model

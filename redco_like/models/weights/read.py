@@ -13,6 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from redco_like.models.weights.shards import Leaf, Shard
 CHUNK_BYTES = 4 * 2**20
 """Read at a time: what stays in a core's cache between reading and copying."""
 STAGED_CHUNK_BYTES = 64 * 2**20
-"""The same where a chunk's parts are then moved to devices."""
+"""The same where each chunk's parts are moved to devices one by one."""
 _RUN_BYTES = 64 * 2**10  # below this, whole rows are read and some columns dropped
 _MAX_THREADS = 8
 
@@ -61,11 +62,9 @@ def read_into(
     pieces: Sequence[Piece],
     tensors: Mapping[str, Tensor],
     *,
-    chunk_bytes: int = CHUNK_BYTES,
-    threads: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Fill the leaves of this process.
+    """Fill the leaves of this process, one after the other as far as they have tensors of their own.
 
     Raises:
         WeightsError: a file became shorter.
@@ -76,13 +75,13 @@ def read_into(
 
     def fill(block: _Block) -> None:
         nonlocal done
-        for size in _fill(block, chunk_bytes):
+        for size in _fill(block):
             if progress is not None:
                 with lock:
                     done += size
                     progress(done, total)
 
-    count = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+    count = min(_MAX_THREADS, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="read-weights") as pool:
         futures = [pool.submit(fill, block) for block in blocks]
         try:
@@ -94,7 +93,8 @@ def read_into(
 
 
 def blocks_of(leaves: Mapping[str, Leaf], pieces: Iterable[Piece], tensors: Mapping[str, Tensor]) -> list[_Block]:
-    """What this process reads, in the order of the files."""
+    """What this process reads: leaf by leaf, so that few are incomplete at a time, then in the order of the files."""
+    rank = {path: i for i, path in enumerate(leaves)}
     jobs: dict[str, list[_Job]] = {}
     for piece in pieces:
         for shard in leaves[piece.leaf].shards:
@@ -103,7 +103,11 @@ def blocks_of(leaves: Mapping[str, Leaf], pieces: Iterable[Piece], tensors: Mapp
                 lead = tuple(i - start for i, (start, _) in zip(piece.at, shard.box, strict=False))
                 jobs.setdefault(piece.tensor, []).append(_Job(piece, shard, shard.box[count:], lead))
     blocks = [block for name, wanted in jobs.items() for block in _merged(tensors[name], wanted)]
-    return sorted(blocks, key=lambda block: (block.tensor.path, block.tensor.start, block.rows))
+
+    def order(block: _Block) -> tuple[Any, ...]:
+        return min(rank[job.piece.leaf] for job in block.jobs), block.tensor.path, block.tensor.start, block.rows
+
+    return sorted(blocks, key=order)
 
 
 def _merged(tensor: Tensor, jobs: Sequence[_Job]) -> list[_Block]:
@@ -127,8 +131,9 @@ def _merged(tensor: Tensor, jobs: Sequence[_Job]) -> list[_Block]:
     return [dataclasses.replace(b, columns=(0, C)) if n else b for b, n in zip(blocks, narrow, strict=True)]
 
 
-def _fill(block: _Block, chunk_bytes: int) -> Iterable[int]:
+def _fill(block: _Block) -> Iterable[int]:
     """Read a block by chunks and pass each on; yields the bytes read."""
+    chunk_bytes = STAGED_CHUNK_BYTES if any(job.shard.staged for job in block.jobs) else CHUNK_BYTES
     tensor, dtype = block.tensor, DTYPES[block.tensor.dtype]
     one = grid(tensor)[2]
     row_bytes = (block.columns[1] - block.columns[0]) * one
@@ -148,12 +153,8 @@ def _fill(block: _Block, chunk_bytes: int) -> Iterable[int]:
                 for job in block.jobs:
                     for part in parts(tensor.shape, job.piece.view, chunk, have, job.box):
                         ones = (1,) * len(job.lead)
-                        job.shard.write(
-                            (*job.lead, *part.start),
-                            (*ones, *part.shape),
-                            (*ones, *part.source.shape),
-                            part.source.reshape((*ones, *part.source.shape)),
-                        )
+                        source = part.source.reshape((*ones, *part.source.shape))
+                        job.shard.write((*job.lead, *part.start), (*ones, *part.shape), source)
                 yield size
 
 

@@ -1,12 +1,13 @@
 """Shards of a parameter that are filled bit by bit, in whatever order their parts come.
 
-    leaf = Leaf("embed", shape, dtype, sharding)
+    leaf = Leaf("embed", shape, dtype, sharding, staged=False, transfers=Transfers())
     for shard in leaf.shards:                        # those of this process, each once however many devices hold it
-        shard.write((0, 128), numbers, factors)      # the box of this shape that begins there
+        shard.write((0, 128), (64, 32), numbers)     # a box of shape (64, 32) that begins there
     array = leaf.array()
 
-On CPU devices a shard is filled in the memory that the array will have. On others a part is moved as soon as it is
-there, and written into the shard on its device: the host keeps no more than the parts that are on their way.
+A `HostShard` is filled in host memory, which CPU devices then share, and which others get as soon as it is full. A
+`DeviceShard` is filled on its device: each part is moved there when it comes, so that large shards are never whole on
+the host.
 """
 
 from __future__ import annotations
@@ -33,83 +34,96 @@ class Shard(Protocol):
     """A box of a leaf, on one or several devices."""
 
     box: Box
+    staged: bool
 
-    def write(self, start: Sequence[int], shape: Sequence[int], factors: Sequence[int], source: np.ndarray) -> None:
+    def write(self, start: Sequence[int], shape: Sequence[int], source: np.ndarray) -> None:
         """Write a part.
 
         Args:
-            start: where it begins in the shard; shape: its size there.
-            factors: `shape` with dimensions split, in which `source` is given.
+            start: where it begins in the shard.
+            shape: its size there.
+            source: its numbers, the dimensions of `shape` split in some way.
         """
         ...
 
     def arrays(self) -> list[jax.Array]:
-        """The whole shard on each of its devices."""
+        """The whole shard on each of its devices, once all of it is written."""
         ...
 
 
 class HostShard:
-    """Filled in host memory, which the devices (CPU) share."""
+    """Filled in host memory."""
 
-    def __init__(self, box: Box, dtype: np.dtype, devices: Sequence[Any]):
-        self.box, self._devices = box, devices
-        self._dtype, self._lock = dtype, threading.Lock()
+    staged = False
+
+    def __init__(self, box: Box, dtype: np.dtype, devices: Sequence[Any], transfers: Transfers):
+        self.box, self._dtype, self._devices, self._transfers = box, dtype, devices, transfers
+        self._lock = threading.Lock()
+        self._left = math.prod(sizes(box))
         self._memory: np.ndarray | None = None
+        self._arrays: list[jax.Array] = []
 
-    def write(self, start: Sequence[int], shape: Sequence[int], factors: Sequence[int], source: np.ndarray) -> None:
+    def write(self, start: Sequence[int], shape: Sequence[int], source: np.ndarray) -> None:
         with self._lock:
             if self._memory is None:
-                self._memory = _aligned(_sizes(self.box), self._dtype)
+                self._memory = _aligned(sizes(self.box), self._dtype)
+            memory = self._memory
         within = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
-        copy(self._memory[within].reshape(factors), source)
+        copy(memory[within].reshape(source.shape), source)
+        with self._lock:
+            self._left -= math.prod(shape)
+            if not self._left:
+                self._arrays = [jax.device_put(memory, device) for device in self._devices]
+                self._memory = None
+                self._transfers.add(memory.nbytes, self._arrays)
 
     def arrays(self) -> list[jax.Array]:
-        memory = _aligned(_sizes(self.box), self._dtype) if self._memory is None else self._memory
-        self._memory = None
-        return [jax.device_put(memory, device) for device in self._devices]
+        return self._arrays
 
 
 class DeviceShard:
     """Filled on its devices, part by part."""
+
+    staged = True
 
     def __init__(self, box: Box, dtype: np.dtype, devices: Sequence[Any], transfers: Transfers):
         self.box, self._dtype, self._devices, self._transfers = box, dtype, devices, transfers
         self._lock = threading.Lock()
         self._arrays: list[jax.Array] = []
 
-    def write(self, start: Sequence[int], shape: Sequence[int], factors: Sequence[int], source: np.ndarray) -> None:
+    def write(self, start: Sequence[int], shape: Sequence[int], source: np.ndarray) -> None:
         # Widened on the device, where that is; narrowed here.
         dtype = source.dtype if source.dtype.itemsize < self._dtype.itemsize else self._dtype
         part = np.empty(shape, dtype)
-        copy(part.reshape(factors), source)
+        copy(part.reshape(source.shape), source)
         places = np.asarray(start, np.int32)
+        moved = [jax.device_put(part, device) for device in self._devices]
+        self._transfers.add(part.nbytes, moved)
         with self._lock:
             if not self._arrays:
-                self._arrays = [_zeros(_sizes(self.box), self._dtype, device) for device in self._devices]
-            for i, device in enumerate(self._devices):
-                moved = jax.device_put(part, device)
-                self._arrays[i] = _update(self._arrays[i], moved, places)
-                self._transfers.add(part.nbytes, moved)
+                shape = sizes(self.box)
+                self._arrays = [_make_zeros(shape, self._dtype, SingleDeviceSharding(d))() for d in self._devices]
+            self._arrays = [_update(whole, part, places) for whole, part in zip(self._arrays, moved, strict=True)]
 
     def arrays(self) -> list[jax.Array]:
-        return self._arrays or [_zeros(_sizes(self.box), self._dtype, device) for device in self._devices]
+        return self._arrays
 
 
 class Transfers:
-    """Bounds the bytes on their way to devices."""
+    """Bounds the bytes of the host that are on their way to devices."""
 
     def __init__(self, limit_bytes: int = _IN_FLIGHT_BYTES):
         self._limit, self._bytes = limit_bytes, 0
-        self._waiting: collections.deque[tuple[int, jax.Array]] = collections.deque()
+        self._waiting: collections.deque[tuple[int, list[jax.Array]]] = collections.deque()
         self._lock = threading.Lock()
 
-    def add(self, size: int, moved: jax.Array) -> None:
+    def add(self, size: int, moved: list[jax.Array]) -> None:
         with self._lock:
             self._waiting.append((size, moved))
             self._bytes += size
             while self._bytes > self._limit:
-                oldest, array = self._waiting.popleft()
-                array.block_until_ready()
+                oldest, arrays = self._waiting.popleft()
+                jax.block_until_ready(arrays)
                 self._bytes -= oldest
 
 
@@ -118,7 +132,7 @@ class Leaf:
 
     Args:
         path: "stack/layers/attention/q/kernel".
-        staged: whether parts are moved to the devices as they come; else, for CPU devices, the host's memory is theirs.
+        staged: whether parts are moved to the devices as they come.
     """
 
     def __init__(
@@ -138,14 +152,13 @@ class Leaf:
             box = tuple(s.indices(n)[:2] for s, n in zip(cut, shape, strict=True))
             holders[box].append(device)
         self.shards: list[Shard] = [
-            DeviceShard(box, dtype, devices, transfers) if staged else HostShard(box, dtype, devices)
-            for box, devices in holders.items()
+            (DeviceShard if staged else HostShard)(box, dtype, devices, transfers) for box, devices in holders.items()
         ]
 
     @property
     def local_bytes(self) -> int:
         """Bytes of this process's shards, replicas not counted."""
-        return sum(math.prod(_sizes(shard.box)) for shard in self.shards) * self.dtype.itemsize
+        return sum(math.prod(sizes(shard.box)) for shard in self.shards) * self.dtype.itemsize
 
     def array(self) -> jax.Array:
         """The parameter, once all of it is written."""
@@ -153,7 +166,8 @@ class Leaf:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
 
 
-def _sizes(box: Box) -> tuple[int, ...]:
+def sizes(box: Box) -> tuple[int, ...]:
+    """Shape of a box."""
     return tuple(stop - start for start, stop in box)
 
 
@@ -163,10 +177,6 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
     return memory[first : first + size].view(dtype).reshape(shape)
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:
-    return _make_zeros(shape, dtype, SingleDeviceSharding(device))()
 
 
 @functools.cache
