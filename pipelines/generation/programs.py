@@ -7,8 +7,8 @@
 How many there are is known beforehand: one per class of length (how much of the cache attention reads) and shape.
 The cache and `seen` (tokens that a row has had, for the repetition penalty) are donated: they are written in place.
 
-Shape letters: B rows, L tokens read, R = S * P rows read (S shards, P of each), K steps, V vocabulary; S also the tokens
-of a row's tail.
+Shape letters: B rows, L tokens read, R = S * P rows read (S shards, P of each), K steps, V vocabulary; S also tokens
+of a tail.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ class Scheduler:
             shard = max(open_, key=lambda s: (best[s][1], len(free[s]), -s))
             source, common = best[shard]
             soon = max(open_, key=lambda s: self._coming(s, sequence.prompt))
-            if self._coming(soon, sequence.prompt) >= common + self.least_shared:
+            if self._coming(soon, sequence.prompt) > common:
                 free[soon].pop()  # kept for it
                 continue
             target = self._target(free[shard], source, common)
@@ -256,7 +256,8 @@ class Scheduler:
     def _coming(self, shard: int, prompt: tuple[int, ...]) -> int:
         """How much of a prompt the rows of a shard will have when they have read theirs."""
         reading = [row.sequence for row in self._of(shard) if row.sequence is not None and row.missing > 1]
-        return max((min(common_prefix(s.prompt, prompt), len(prompt) - 1) for s in reading), default=0)
+        most = max((min(common_prefix(s.prompt, prompt), len(prompt) - 1) for s in reading), default=0)
+        return most if most >= self.least_shared else 0
 
     def _target(self, free: list[Row], source: Row | None, common: int) -> Row:
         """The free row to take: the source itself if nothing of it is lost, else the one that was freed first."""
