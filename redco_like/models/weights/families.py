@@ -19,6 +19,7 @@ FAMILIES: dict[str, Callable[[ModelConfig, Present], Names]] = {
     "deepseek_v3": moe.deepseek,
     "gemma": llama.llama,
     "gemma2": llama.llama,
+    "gemma3_text": llama.llama,
     "gpt2": gpt.gpt2,
     "gpt_neox": gpt.gpt_neox,
     "gptj": gpt.gptj,
