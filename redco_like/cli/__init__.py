@@ -25,6 +25,7 @@ from redco_like.cli.explain import Explain
 from redco_like.cli.plan import Plan
 from redco_like.cli.profile import Profile
 from redco_like.cli.report import Report
+from redco_like.cli.serve import Serve
 from redco_like.cli.terminal import Terminal, UsageError
 from redco_like.cli.validate import Validate
 from redco_like.cli.verify import Verify
@@ -33,6 +34,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "plan": Plan,
+    "serve": Serve,
     "explain": Explain,
     "verify": Verify,
     "diff": Diff,
@@ -41,8 +43,8 @@ COMMANDS = {
     "profile": Profile,
 }
 DESCRIPTION = (
-    "How to run a model on a cluster: the fastest plan that fits, how fast it will be, and why. Only profile needs the "
-    "devices. What is printed is an estimate (analytic) unless it says compiled or measured.\n\n"
+    "How to run a model on a cluster: the fastest plan that fits, how fast it will be, and why. Only profile and serve "
+    "need the devices. What is printed is an estimate (analytic) unless it says compiled or measured.\n\n"
     "Example: redco-like plan --model llama-3-70b --cluster v5p-1024 --seq-len 8192 --global-batch 1024\n\n"
     "Exit codes: 0 done; 1 nothing fits, or plans differ; 2 bad input."
 )

@@ -300,8 +300,8 @@ def grown(cluster: Cluster, times: int) -> Cluster | None:
     """The same kind of cluster with so many times the devices, by its name; None where there is none.
 
     >>> from search import parse_cluster
-    >>> [grown(parse_cluster(name), 2).name for name in ("8xH100", "2x8xA100-80", "v5e-16", "v5p:2x2x4", "2*v5e-4")]
-    ['2x8xH100', '4x8xA100-80', 'v5e-32', 'v5p:2x4x4', '4*v5e-4']
+    >>> [grown(parse_cluster(name), 2).name for name in ("8xH100", "2xH100", "v5e-16", "v5p:2x2x4", "2*v5e-4")]
+    ['2x8xH100', '4xH100', 'v5e-32', 'v5p:2x4x4', '4*v5e-4']
     """
     from search import parse_cluster
 
@@ -312,9 +312,9 @@ def grown(cluster: Cluster, times: int) -> Cluster | None:
     elif match := re.fullmatch(r"(\d+)x(\d+)x(\D.*)", name):
         tries.append(f"{int(match[1]) * times}x{match[2]}x{match[3]}")
     elif match := re.fullmatch(r"(\d+)x(\D.*)", name):
-        tries += [f"{int(match[1]) * times}x{match[2]}", f"{times}x{match[1]}x{match[2]}"]
-        if int(match[1]) >= cluster.devices_per_node and cluster.nodes * times > 1:
-            tries.insert(0, f"{cluster.nodes * times}x{cluster.devices_per_node}x{match[2]}")
+        full = cluster.accelerator.devices_per_node
+        total = int(match[1]) * times
+        tries.append(f"{total}x{match[2]}" if total <= full else f"{total // full}x{full}x{match[2]}")
     elif match := re.fullmatch(r"([^:]+):([\dx]+)", name):
         dims = [int(d) for d in match[2].split("x")]
         for _ in range(int(math.log2(times))):

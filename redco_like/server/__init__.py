@@ -5,7 +5,7 @@
 
 `redco-like serve --model FOLDER` does both. One thread runs the engine (`worker`), everything else is asyncio: requests
 are read and checked (`requests`), their tokens become text and records (`answers`), `app` has the routes, `metrics` the
-counts, `run` starts and ends it. FastAPI and uvicorn come with `pip install 'redco-like[serve]'`.
+counts, `process` starts and ends it. FastAPI and uvicorn come with `pip install 'redco-like[serve]'`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from redco_like.server.app import create_app
     from redco_like.server.errors import ApiError
+    from redco_like.server.process import run
     from redco_like.server.requests import Limits
-    from redco_like.server.run import run
     from redco_like.server.worker import EngineWorker
 
 _HOMES = {
@@ -25,7 +25,7 @@ _HOMES = {
     "EngineWorker": "redco_like.server.worker",
     "Limits": "redco_like.server.requests",
     "create_app": "redco_like.server.app",
-    "run": "redco_like.server.run",
+    "run": "redco_like.server.process",
 }
 
 __all__ = ["ApiError", "EngineWorker", "Limits", "create_app", "run"]

@@ -206,28 +206,28 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-SMALL = ("--model", "gpt2", "--cluster", "8xH100", "--context", "512", "--chunk-tokens", "128")
+SMALL = ("--model", "gpt2", "--cluster", "2xH100", "--context", "512", "--chunk-tokens", "128")
 
 
 def test_steps_cost_what_the_planner_says_of_them(capsys):
-    code, out, _ = run(capsys, *SMALL, "--users", "64", "--json", "--fix", "tensor=4")
+    code, out, _ = run(capsys, *SMALL, "--users", "64", "--json", "--fix", "tensor=2")
     assert code == 0
     found = json.loads(out)
     assert found["label"] == "analytic"
     rows = found["asked"]["rows"]
     data = found["asked"]["mesh"]["data"]
-    sizes = ("--seq-len", "512", "--global-batch", str(rows), "--fix", f"tensor=4,data={data}")
-    assert main(["plan", "--task", "decode", "--model", "gpt2", "--cluster", "8xH100", "--json", *sizes]) == 0
+    sizes = ("--seq-len", "512", "--global-batch", str(rows), "--fix", f"tensor=2,data={data}")
+    assert main(["plan", "--task", "decode", "--model", "gpt2", "--cluster", "2xH100", "--json", *sizes]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert found["asked"]["decode_seconds"] == pytest.approx(planned["estimate"]["seconds_per_step"])
     assert found["asked"]["memory"]["cache"] == planned["estimate"]["memory"]["cache"]
     assert found["asked"]["memory"]["params"] == planned["estimate"]["memory"]["params"]
     # Twelve layers, keys and values of width 768, two bytes each.
     assert found["cache_bytes_per_user"] == 12 * 2 * 768 * 2 * 512
-    assert found["asked"]["memory"]["cache"] == found["cache_bytes_per_user"] * rows / 8
+    assert found["asked"]["memory"]["cache"] == found["cache_bytes_per_user"] * rows / 2
     assert found["asked"]["bytes_per_device"] == sum(found["asked"]["memory"].values()) <= found["usable_bytes"]
     plan = Plan.from_json(json.dumps(found["plans"]["decode"]))
-    assert plan.mesh.tensor == 4
+    assert plan.mesh.tensor == 2
 
 
 def test_what_is_missed_is_said_with_what_would_help(capsys, tmp_path):
@@ -236,7 +236,7 @@ def test_what_is_missed_is_said_with_what_would_help(capsys, tmp_path):
         capsys, *SMALL, "--users", "20000", "--output-tokens", "64", "--slo", "tpot=2ms", "--out", str(file)
     )
     assert code == 1
-    for text in ("20,000 users", "most that fit", "context of 256", "2x8xH100, 2 times the devices"):
+    for text in ("20,000 users", "most that fit", "context of 256", "4xH100, 2 times the devices"):
         assert text in out
     found = json.loads(file.read_text())
     assert not found["limits_hold"]

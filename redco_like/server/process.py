@@ -3,7 +3,7 @@
     run(app, host="127.0.0.1", port=8000, grace_seconds=30.0)
 
 On SIGTERM or Ctrl-C new requests are refused with 503, those that run have the grace time to end, what is left is given
-up, and the server stops. A second signal stops it at once.
+up, and the server stops. A second signal gives up what runs at once, a third one waits for nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -32,30 +33,42 @@ class Server(uvicorn.Server):
     Args:
         app: of `create_app`.
         grace_seconds: that running requests have when the server is told to stop.
+        started: called when it listens.
         log_level: of uvicorn.
     """
 
-    def __init__(self, app: FastAPI, *, grace_seconds: float = GRACE_SECONDS, log_level: str = "warning"):
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        grace_seconds: float = GRACE_SECONDS,
+        started: Callable[[], None] | None = None,
+        log_level: str = "warning",
+    ):
         # What is open after the grace time has been given up already: connections need no long time of their own.
         config = uvicorn.Config(
             app, log_level=log_level, timeout_graceful_shutdown=1, lifespan="on", server_header=False, access_log=False
         )
         super().__init__(config)
         self._service = app.state.service
-        self._grace = grace_seconds
+        self._grace, self._started = grace_seconds, started
         self._drain: asyncio.Task[None] | None = None
+        self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if self._started is not None and self.started:
+            self._started()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """What a signal does."""
-        if self._loop is None or self._service.draining:
+        self._signals += 1
+        if self._loop is None or self._signals > 2:
             self.should_exit = self.force_exit = True
         else:
-            self._loop.call_soon_threadsafe(self.drain)
+            self._loop.call_soon_threadsafe(self.drain if self._signals == 1 else self.abandon)
 
     def drain(self) -> None:
         """Begin to stop; in the event loop."""
@@ -63,13 +76,17 @@ class Server(uvicorn.Server):
             self._service.draining = True
             self._drain = asyncio.ensure_future(self._finish())
 
+    def abandon(self) -> None:
+        """Give up what runs, and tell its clients; in the event loop."""
+        if self._service.worker.open:
+            logger.warning("%d sequences are given up", self._service.worker.open)
+        self._service.worker.abandon("the server is shutting down")
+
     async def _finish(self) -> None:
         worker, until = self._service.worker, time.monotonic() + self._grace
-        while worker.open and time.monotonic() < until and not self.should_exit:
+        while worker.open and time.monotonic() < until:
             await asyncio.sleep(POLL_SECONDS)
-        if worker.open:
-            logger.warning("%d sequences are given up", worker.open)
-            worker.abandon("the server is shutting down")
+        self.abandon()
         # Streams write their last lines; clients that read them not are not waited for.
         until = time.monotonic() + LINGER_SECONDS
         while self.server_state.tasks and time.monotonic() < until:
@@ -77,8 +94,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with an address, which listens when the server runs; port 0 takes a free one.
 
     Raises:
         OSError: the address is in use, or is none of this machine's.
@@ -88,7 +105,6 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
-        made.listen(2048)
     except BaseException:
         made.close()
         raise
@@ -115,12 +131,15 @@ def run(
     port: int = 8000,
     grace_seconds: float = GRACE_SECONDS,
     sock: socket.socket | None = None,
+    started: Callable[[], None] | None = None,
 ) -> None:
     """Serve until a signal says to stop.
 
     Args:
-        sock: that listens already; instead of host and port.
+        grace_seconds: that running requests have then.
+        sock: of `bind`, instead of host and port.
+        started: called when the server listens.
     """
-    sock = sock or listen(host, port)
+    sock = sock or bind(host, port)
     with contextlib.closing(sock):
-        Server(app, grace_seconds=grace_seconds).run(sockets=[sock])
+        Server(app, grace_seconds=grace_seconds, started=started).run(sockets=[sock])
