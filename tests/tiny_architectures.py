@@ -22,6 +22,7 @@ DECODERS = (
     "qwen3-8b",
     "gemma-2b",
     "gemma-2-2b",
+    "gemma-3-1b",
     "phi-2",
     "mixtral-8x7b",
     "qwen1.5-moe-a2.7b",
@@ -30,7 +31,9 @@ DECODERS = (
 )
 OTHERS = ("t5-base", "t5-v1.1-base", "bart-base", "mbart-large", "bert-base", "vit-b16")
 FAMILIES = DECODERS + OTHERS
-ALIKE = frozenset({"gpt-neox-20b", "opt-125m", "qwen2-7b", "gemma-2b", "deepseek-v2", "t5-base", "mbart-large"})
+ALIKE = frozenset(
+    {"gpt-neox-20b", "opt-125m", "opt-350m", "qwen2-7b", "gemma-2b", "deepseek-v2", "t5-base", "mbart-large"}
+)
 """Made of the same parts as another one; where a test compiles, these are marked slow."""
 
 
@@ -50,7 +53,7 @@ def tiny(name: str, **changes) -> ModelConfig:
     if config.rotary_dim:
         small["rotary_dim"] = 4
     if config.window:
-        small["window"] = 5
+        small |= {"window": 5, "global_every": min(config.global_every, 2)}
     if config.rope_scaling:
         small["rope_scaling"] = dataclasses.replace(config.rope_scaling, original_length=8, factor=2.0)
     if config.latent:

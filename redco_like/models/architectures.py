@@ -98,6 +98,13 @@ def gemma2(embed: int, layers: int, heads: int, kv_heads: int, mlp: int, query: 
     return gemma(embed, layers, heads, kv_heads, mlp, **{**more, **form, **changes})
 
 
+def gemma3(embed: int, layers: int, heads: int, kv_heads: int, mlp: int, **changes: Any) -> ModelConfig:
+    form = dict(block="sandwich", qk_norm=True, attention_scale=256**-0.5, global_every=6, window=1024)
+    rope = dict(rope_theta=1e6, local_theta=1e4, rope_scaling=RopeScaling("linear", 8.0), max_length=131072)
+    more = dict(family="gemma3_text", vocab=262208)
+    return gemma(embed, layers, heads, kv_heads, mlp, **{**more, **form, **rope, **changes})
+
+
 def phi(embed: int, layers: int, heads: int, rotary_dim: int) -> ModelConfig:
     form: dict[str, Any] = dict(
         family="phi",
@@ -242,6 +249,10 @@ def architectures() -> dict[str, ModelConfig]:
         "gemma-2-2b": gemma2(2304, 26, 8, 4, 9216, 256),
         "gemma-2-9b": gemma2(3584, 42, 16, 8, 14336, 256),
         "gemma-2-27b": gemma2(4608, 46, 32, 16, 36864, 144, head_dim=128),
+        "gemma-3-1b": gemma3(1152, 26, 4, 1, 6912, vocab=262144, window=512, max_length=32768, rope_scaling=None),
+        "gemma-3-4b": gemma3(2560, 34, 8, 4, 10240),
+        "gemma-3-12b": gemma3(3840, 48, 16, 8, 15360),
+        "gemma-3-27b": gemma3(5376, 62, 32, 16, 21504, head_dim=128, attention_scale=168**-0.5),
         "phi-1.5": phi(2048, 24, 32, 32),
         "phi-2": phi(2560, 32, 32, 32),
         "phi-3-mini": llama(3072, 32, 32, 8192, family="phi3", vocab=32064, max_length=4096, window=2047),

@@ -70,7 +70,11 @@ class Latent:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the length of pretraining, as Hugging Face's `rope_scaling`."""
+    """How rotary frequencies are stretched beyond the length of pretraining, as Hugging Face's `rope_scaling`.
+
+    Attributes:
+        attention_factor: on cosines and sines; 0 for what YaRN and LongRoPE make of `factor`.
+    """
 
     kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float = 1.0
@@ -81,6 +85,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
+    attention_factor: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 

@@ -8,21 +8,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from redco_like.models.config import Experts, Latent, ModelConfig, RopeScaling
-
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+from redco_like.models.config import Experts, Latent, ModelConfig
+from redco_like.models.hf_keys import ACTIVATIONS, Keys, rope_parameters, rotary_fields, windows
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -72,43 +63,6 @@ def from_hf(data: Any) -> ModelConfig:
     return ModelConfig(**{"family": kind, "kind": "decoder", **fields})
 
 
-class Keys:
-    """Values of a configuration; notes what is missing, so that all of it is reported at once."""
-
-    def __init__(self, data: Mapping[str, Any]):
-        self.data = data
-        self.missing: list[str] = []
-
-    def size(self, *names: str) -> int:
-        """A whole number that must be there, under one of several names."""
-        for name in names:
-            if self.data.get(name) is not None:
-                value = self.data[name]
-                if isinstance(value, bool) or not isinstance(value, int):
-                    raise ValueError(f"{name}={value!r}; it must be a whole number")
-                return value
-        self.missing.append(names[0])
-        return 1
-
-    def get(self, name: str, default: Any) -> Any:
-        """A value, or the default that the family has where the key is left out."""
-        value = self.data.get(name)
-        return default if value is None else value
-
-    def activation(self, name: str, default: str) -> Any:
-        value = self.get(name, default)
-        if value not in _ACTIVATIONS:
-            raise ValueError(f"{name}={value!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[value]
-
-    def refuse(self, name: str, *allowed: Any) -> None:
-        """Raise where a key has a value other than those that are supported."""
-        if name in self.data and self.data[name] not in allowed:
-            raise ValueError(
-                f"{name}={self.data[name]!r} is not supported; supported: {', '.join(repr(a) for a in allowed)}"
-            )
-
-
 def _sizes(k: Keys) -> dict[str, Any]:
     return {
         "vocab": k.size("vocab_size"),
@@ -150,26 +104,26 @@ def _gptj(k: Keys) -> dict[str, Any]:
 def _neox(k: Keys) -> dict[str, Any]:
     sizes = _sizes(k)
     bias = k.get("attention_bias", True)
-    rope = _parameters(k)
+    width = sizes["embed"] // sizes["heads"]
+    rotary = rotary_fields(k, theta=k.get("rotary_emb_base", 10000.0), share=k.get("rotary_pct", 0.25), width=width)
     return {
         **sizes,
+        **rotary,
         **{"qkv_bias": bias, "out_bias": bias, "mlp_bias": True},
         "tied": k.get("tie_word_embeddings", False),
         "block": "parallel" if k.get("use_parallel_residual", True) else "pre",
         "activation": k.activation("hidden_act", "gelu"),
         "norm_eps": k.get("layer_norm_eps", 1e-5),
-        "position": "rotary",
-        "rotary_dim": _rotary_dim(sizes, k.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))),
-        "rope_theta": k.get("rotary_emb_base", rope.get("rope_theta", 10000.0)),
-        "rope_scaling": _rope_scaling(k),
     }
 
 
 def _opt(k: Keys) -> dict[str, Any]:
-    k.refuse("do_layer_norm_before", True)
+    k.refuse("layer_norm_elementwise_affine", True)
+    k.refuse("_remove_final_layer_norm", False)
     embed = k.size("hidden_size")
-    k.refuse("word_embed_proj_dim", embed, None)
+    width, before = k.get("word_embed_proj_dim", embed), k.get("do_layer_norm_before", True)
     return {
+        **{"token_width": 0 if width == embed else width, "block": "pre" if before else "post", "final_norm": before},
         **{"vocab": k.size("vocab_size"), "embed": embed, "layers": k.size("num_hidden_layers")},
         **{"heads": k.size("num_attention_heads"), "mlp": k.size("ffn_dim")},
         **{"max_length": k.size("max_position_embeddings"), "position": "learned", "position_offset": 2},
@@ -199,11 +153,10 @@ def _mpt(k: Keys) -> dict[str, Any]:
 def _llama(k: Keys, **changes: Any) -> dict[str, Any]:
     sizes = _sizes(k)
     head_dim = k.get("head_dim", 0)
-    rope = _parameters(k)
-    partial = k.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
     bias = k.get("attention_bias", False)
     return {
         **sizes,
+        **rotary_fields(k, width=head_dim or sizes["embed"] // sizes["heads"]),
         "kv_heads": k.get("num_key_value_heads", sizes["heads"]),
         "head_dim": head_dim,
         "norm": "rms",
@@ -214,16 +167,12 @@ def _llama(k: Keys, **changes: Any) -> dict[str, Any]:
         "out_bias": bias,
         "mlp_bias": k.get("mlp_bias", False),
         "tied": k.get("tie_word_embeddings", False),
-        "position": "rotary",
-        "rotary_dim": 0 if partial == 1.0 else _rotary_dim(sizes, partial, head_dim),
-        "rope_theta": k.get("rope_theta", rope.get("rope_theta", 10000.0)),
-        "rope_scaling": _rope_scaling(k),
         **changes,
     }
 
 
 def _mistral(k: Keys) -> dict[str, Any]:
-    return _llama(k, window=k.get("sliding_window", 0))
+    return _llama(k, window=k.data.get("sliding_window", 4096) or 0)
 
 
 def _mixtral(k: Keys) -> dict[str, Any]:
@@ -237,13 +186,24 @@ def _mixtral(k: Keys) -> dict[str, Any]:
 
 
 def _qwen2(k: Keys) -> dict[str, Any]:
-    k.refuse("use_sliding_window", False)
-    return _llama(k, qkv_bias=True, out_bias=False)
+    return _llama(k, qkv_bias=True, out_bias=False, **_qwen_windows(k))
 
 
 def _qwen3(k: Keys) -> dict[str, Any]:
-    k.refuse("use_sliding_window", False)
-    return _llama(k, head_dim=k.get("head_dim", 128), qk_norm=True)
+    return _llama(k, head_dim=k.get("head_dim", 128), qk_norm=True, **_qwen_windows(k))
+
+
+def _qwen_windows(k: Keys) -> dict[str, int]:
+    layers, limit = k.size("num_hidden_layers"), k.get("max_window_layers", 28)
+    window = k.get("sliding_window", 4096) if k.get("use_sliding_window", False) else 0
+    match k.data["model_type"]:
+        case "qwen3_moe":
+            return {"window": window}
+        case "qwen2_moe":  # as transformers has it: layers with and without a window take turns up to the limit
+            near = [i % 2 == 0 and i < limit for i in range(layers)]
+        case _:
+            near = [i >= limit for i in range(layers)]
+    return windows(k, layers, window, near)
 
 
 def _qwen_experts(k: Keys, **changes: Any) -> dict[str, Any]:
@@ -269,6 +229,8 @@ def _qwen3_moe(k: Keys) -> dict[str, Any]:
 
 
 def _gemma(k: Keys, **changes: Any) -> dict[str, Any]:
+    # Of the first Gemma, `hidden_act` says gelu and means its approximation.
+    k.refuse("hidden_activation", "gelu_pytorch_tanh", "gelu_new", None)
     return _llama(
         k,
         head_dim=k.get("head_dim", 256),
@@ -280,24 +242,40 @@ def _gemma(k: Keys, **changes: Any) -> dict[str, Any]:
     )
 
 
-def _gemma2(k: Keys) -> dict[str, Any]:
+def _gemma2(k: Keys, every: int = 2, caps: tuple[float, float] = (50.0, 30.0)) -> dict[str, Any]:
+    layers = k.size("num_hidden_layers")
     return _gemma(
         k,
         block="sandwich",
-        window=k.get("sliding_window", 4096),
-        global_every=2,
+        **windows(k, layers, k.get("sliding_window", 4096), [(i + 1) % every != 0 for i in range(layers)]),
         attention_scale=k.get("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=k.get("attn_logit_softcapping", 0.0),
-        logit_softcap=k.get("final_logit_softcapping", 0.0),
+        attention_softcap=k.data.get("attn_logit_softcapping", caps[0]) or 0.0,
+        logit_softcap=k.data.get("final_logit_softcapping", caps[1]) or 0.0,
     )
+
+
+def _gemma3(k: Keys) -> dict[str, Any]:
+    k.refuse("use_bidirectional_attention", False, None)
+    near = rope_parameters(k, "sliding_attention")
+    if near.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"rope_parameters.sliding_attention.rope_type={near['rope_type']!r} is not supported; supported: 'default'"
+        )
+    fields = _gemma2(k, k.get("sliding_window_pattern", 6), (0.0, 0.0))
+    return {
+        **fields,
+        **rotary_fields(k, theta=1e6, width=fields["head_dim"], layer_type="full_attention"),
+        "local_theta": float(k.get("rope_local_base_freq", near.get("rope_theta", 10000.0))),
+        "qk_norm": True,
+    }
 
 
 def _phi(k: Keys) -> dict[str, Any]:
     k.refuse("qk_layernorm", False)
-    rope = _parameters(k)
     sizes = _sizes(k)
     return {
         **sizes,
+        **rotary_fields(k, share=0.5, width=sizes["embed"] // sizes["heads"]),
         **_BIASES,
         "kv_heads": k.get("num_key_value_heads", sizes["heads"]),
         "head_bias": True,
@@ -305,10 +283,6 @@ def _phi(k: Keys) -> dict[str, Any]:
         "block": "parallel_one_norm",
         "activation": k.activation("hidden_act", "gelu_new"),
         "norm_eps": k.get("layer_norm_eps", 1e-5),
-        "position": "rotary",
-        "rotary_dim": _rotary_dim(sizes, k.get("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5))),
-        "rope_theta": k.get("rope_theta", rope.get("rope_theta", 10000.0)),
-        "rope_scaling": _rope_scaling(k),
     }
 
 
@@ -348,7 +322,7 @@ def _t5(k: Keys) -> dict[str, Any]:
     form = k.get("feed_forward_proj", "relu")
     gated = form.startswith("gated-")
     activation = "gelu_new" if form == "gated-gelu" else form.removeprefix("gated-")
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise ValueError(f"feed_forward_proj={form!r} is not supported; supported: relu, gated-gelu, gated-silu")
     layers = k.size("num_layers")
     # Newer files say that all heads are tied, of which only those are that have their input scaled.
@@ -360,7 +334,7 @@ def _t5(k: Keys) -> dict[str, Any]:
         **{"norm": "rms", "norm_eps": k.get("layer_norm_epsilon", 1e-6), "position": "buckets"},
         **{"buckets": k.get("relative_attention_num_buckets", 32), "attention_scale": 1.0},
         **{"bucket_distance": k.get("relative_attention_max_distance", 128), "max_length": k.get("n_positions", 512)},
-        **{"activation": _ACTIVATIONS[activation], "gated": gated, "tied": scaled},
+        **{"activation": ACTIVATIONS[activation], "gated": gated, "tied": scaled},
     }
 
 
@@ -389,7 +363,9 @@ def _mbart(k: Keys) -> dict[str, Any]:
 
 
 def _bert(k: Keys) -> dict[str, Any]:
-    k.refuse("position_embedding_type", "absolute")
+    k.refuse("position_embedding_type", "absolute", None)
+    k.refuse("is_decoder", False, None)
+    k.refuse("tie_word_embeddings", True, None)
     return {
         "kind": "encoder",
         **_sizes(k),
@@ -408,43 +384,11 @@ def _vit(k: Keys) -> dict[str, Any]:
         "kind": "vision",
         **{"embed": k.size("hidden_size"), "layers": k.size("num_hidden_layers"), "mlp": k.size("intermediate_size")},
         **{"heads": k.size("num_attention_heads"), "image": k.size("image_size"), "patch": k.size("patch_size")},
-        **{"channels": k.get("num_channels", 3), "classes": len(k.get("id2label", range(1000)))},
+        **{"channels": k.get("num_channels", 3), "classes": len(k.get("id2label", range(k.get("num_labels", 2))))},
         **{"qkv_bias": bias, "out_bias": True, "mlp_bias": True, "position": "learned"},
         "activation": k.activation("hidden_act", "gelu"),
         "norm_eps": k.get("layer_norm_eps", 1e-12),
     }
-
-
-def _rotary_dim(sizes: Mapping[str, Any], share: float, head_dim: int = 0) -> int:
-    return int((head_dim or sizes["embed"] // sizes["heads"]) * share)
-
-
-def _parameters(k: Keys) -> dict[str, Any]:
-    """`rope_parameters`, where newer files keep what older ones spread over keys."""
-    return k.get("rope_parameters", {})
-
-
-def _rope_scaling(k: Keys) -> RopeScaling | None:
-    data = k.get("rope_scaling", _parameters(k))
-    kind = data.get("rope_type", data.get("type", "default"))
-    if kind in ("default", "dynamic"):  # dynamic: as trained up to the longest length, beyond which it is not planned
-        return None
-    kind = {"su": "longrope"}.get(kind, kind)
-    if kind not in ("linear", "llama3", "yarn", "longrope"):
-        raise ValueError(f"rope_scaling of type {kind!r} is not supported; supported: linear, llama3, yarn, longrope")
-    original = data.get("original_max_position_embeddings") or k.get("original_max_position_embeddings", 0)
-    return RopeScaling(
-        kind=kind,
-        factor=data.get("factor", 1.0),
-        original_length=original or k.size("max_position_embeddings"),
-        short_factor=tuple(data.get("short_factor", ())),
-        long_factor=tuple(data.get("long_factor", ())),
-        **{
-            name: float(data[name])
-            for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-            if data.get(name) is not None
-        },
-    )
 
 
 _READERS: dict[str, Callable[[Keys], dict[str, Any]]] = {
@@ -454,6 +398,7 @@ _READERS: dict[str, Callable[[Keys], dict[str, Any]]] = {
     "deepseek_v3": _deepseek,
     "gemma": _gemma,
     "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
     "gpt2": _gpt2,
     "gpt_neox": _neox,
     "gptj": _gptj,

@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_architectures import ALIKE, DECODERS, FAMILIES, LENGTH, make_batch, make_params, tiny
 
 from redco_like.models import architecture, build_model
-from redco_like.models.attention import alibi, rope_frequencies
+from redco_like.models.attention import alibi
 from redco_like.models.layers import Mixture
+from redco_like.models.rotary import rope_frequencies
 from search.workload import workload
 from sharding_rules import MeshShape, make_layout, make_mesh, path_str, trace
 from sharding_rules.kernels import plain_attention
@@ -77,6 +78,7 @@ PUBLISHED = {
     "gemma-2-2b": 2_614_341_888,
     "gemma-2-9b": 9_241_705_984,
     "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
     "phi-1.5": 1_418_270_720,
     "phi-2": 2_779_683_840,
     "phi-3-mini": 3_821_079_552,
@@ -188,7 +190,9 @@ def test_a_window_hides_what_lies_before_it_in_all_layers(name, sees):
     assert same != sees
 
 
-@pytest.mark.parametrize("name", compiled(["gpt2", "mpt-7b", "opt-125m", "gemma-2-2b", "mixtral-8x7b", "deepseek-v3"]))
+@pytest.mark.parametrize(
+    "name", compiled(["gpt2", "mpt-7b", "opt-125m", "gemma-2-2b", "gemma-3-1b", "mixtral-8x7b", "deepseek-v3"])
+)
 def test_inference_gives_the_logits_of_training(name):
     model, params, _ = made(name)
     tokens = jnp.asarray(make_batch(model.config, rows=2)["tokens"])

@@ -144,6 +144,7 @@ HF = [
     (
         {
             **{"model_type": "vit", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+            "id2label": {str(i): f"LABEL_{i}" for i in range(1000)},
             **{"intermediate_size": 3072, "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6},
         },
         "vit-b16",
@@ -332,8 +333,8 @@ def test_bad_input_is_refused_in_one_line(model, options, words):
         ("not json", "not JSON: Expecting value at line 1 column 1"),
         ('{"model_type": "llama", "hidden_size"', "is it truncated"),
         ('["llama"]', "is a list, not an object"),
-        ("{}", "no model_type; supported: bert, deepseek_v2"),
-        ('{"model_type": "lama"}', "did you mean 'llama'.*supported: bert"),
+        ("{}", "no model_type; supported: bart, bert, deepseek_v2"),
+        ('{"model_type": "lama"}', "did you mean 'llama'.*supported: bart"),
         ('{"model_type": "llama", "vocab_size": 10}', "lacks hidden_size, num_hidden_layers, num_attention_heads"),
         (json.dumps({**LLAMA, "num_attention_heads": 31, "num_key_value_heads": 31}), "heads=31 does not divide"),
         (
@@ -344,7 +345,10 @@ def test_bad_input_is_refused_in_one_line(model, options, words):
         (json.dumps({**LLAMA, "num_hidden_layers": 0}), "layers=0; it must be a whole number of at least 1"),
         (json.dumps({**LLAMA, "hidden_act": "mish"}), "hidden_act='mish' is not supported; supported: gelu"),
         (json.dumps({**LLAMA, "rope_scaling": {"type": "spiral"}}), "'spiral' is not supported; supported: linear"),
-        (json.dumps({"model_type": "opt", "hidden_size": 8, "do_layer_norm_before": False}), "do_layer_norm_before"),
+        (
+            json.dumps({"model_type": "opt", "hidden_size": 8, "layer_norm_elementwise_affine": False}),
+            "elementwise_affine=F",
+        ),
     ],
 )
 def test_a_bad_config_json_is_refused_in_one_line(tmp_path, text, words):

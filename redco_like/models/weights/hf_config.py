@@ -24,6 +24,7 @@ _CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
     "gptj": "GPTJForCausalLM",
@@ -130,6 +131,8 @@ def _rope(c: ModelConfig) -> dict[str, Any]:
     if s.kind == "yarn":
         scaling |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
         scaling |= {n: v for n, v in (("mscale", s.mscale), ("mscale_all_dim", s.mscale_all_dim)) if v}
+    if s.attention_factor:
+        scaling["attention_factor"] = s.attention_factor
     if s.kind == "longrope":
         scaling |= {"short_factor": list(s.short_factor), "long_factor": list(s.long_factor)}
         data["original_max_position_embeddings"] = s.original_length
@@ -171,8 +174,14 @@ def _phi3(c: ModelConfig) -> dict[str, Any]:
 
 
 def _qwen2(c: ModelConfig, **more: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = dict(attention_bias=_LEFT_OUT, mlp_bias=_LEFT_OUT, use_sliding_window=False)
+    plain: dict[str, Any] = dict(attention_bias=_LEFT_OUT, mlp_bias=_LEFT_OUT, use_sliding_window=bool(c.window))
+    if c.window:
+        plain |= {"sliding_window": c.window, "max_window_layers": c.global_first, "layer_types": _layer_types(c)}
     return _llama(c, **{**plain, **more})
+
+
+def _layer_types(c: ModelConfig) -> list[str]:
+    return ["sliding_attention" if window else "full_attention" for window in c.windows or [c.window] * c.layers]
 
 
 def _qwen3(c: ModelConfig, **more: Any) -> dict[str, Any]:
@@ -196,15 +205,21 @@ def _gemma(c: ModelConfig, **more: Any) -> dict[str, Any]:
     return _llama(c, mlp_bias=_LEFT_OUT, hidden_act=activation, hidden_activation=activation, **more)
 
 
-def _gemma2(c: ModelConfig) -> dict[str, Any]:
+def _gemma2(c: ModelConfig, **more: Any) -> dict[str, Any]:
     scalar = c.attention_scale**-2 if c.attention_scale else c.head_dim
     return _gemma(
         c,
         sliding_window=c.window,
+        layer_types=_layer_types(c),
         query_pre_attn_scalar=round(scalar) if math.isclose(scalar, round(scalar), rel_tol=1e-9) else scalar,
         attn_logit_softcapping=c.attention_softcap or None,
         final_logit_softcapping=c.logit_softcap or None,
+        **more,
     )
+
+
+def _gemma3(c: ModelConfig) -> dict[str, Any]:
+    return _gemma2(c, rope_local_base_freq=c.local_theta or c.rope_theta)
 
 
 def _gpt(c: ModelConfig, **more: Any) -> dict[str, Any]:
@@ -340,6 +355,7 @@ _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "deepseek_v3": _deepseek,
     "gemma": _gemma,
     "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
     "gpt2": _gpt,
     "gpt_neox": _neox,
     "gptj": lambda c: _gpt(c, rotary_dim=c.rope_dim),
