@@ -182,7 +182,7 @@ class Engine:
         self.model, self.length, self.eos = model, length, tuple(int(t) for t in eos)
         self._vocab = model.config.vocab
         self._steps = steps_per_dispatch
-        functions = _functions(model)
+        functions = _functions(model, length)
         plans, on_mesh = _plan(
             functions,
             params,
@@ -479,11 +479,11 @@ class Engine:
         return local
 
 
-def _functions(model: Model) -> CachedModel:
-    def extend(params: Any, tokens: Any, cache: Any, position: Any, last: Any, reach: int) -> Any:
-        return model.extend(params, tokens, cache, position, last_B=last, reach=reach)
+def _functions(model: Model, length: int) -> CachedModel:
+    def read(params: Any, tokens: Any, cache: Any, position: Any, last: Any, reach: int) -> Any:
+        return model.read(params, tokens, cache, position, last_B=last, reach=reach, length=length)
 
-    return CachedModel(model.init_cache, extend, model.config.vocab)
+    return CachedModel(model.init_cache, read, model.config.vocab)
 
 
 def classes(length: int, factor: int) -> tuple[int, ...]:

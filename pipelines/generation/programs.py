@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pipelines.cached import ARGUMENTS
-from pipelines.generation.rows import cache_dims, clear_rows, put_rows, take_rows
+from pipelines.generation.rows import CacheRows, cache_dims
 from pipelines.generation.sampling import STOP_TOKENS, RowSettings, ended, sample, settings_of
 from pipelines.generation.scheduler import Shape
 from pipelines.kernels import kernels_for
@@ -45,14 +45,14 @@ class CachedModel:
 
     Attributes:
         init_cache: (rows, length) -> cache, a tree of arrays with one dimension of rows and one of positions each.
-        extend: (params, tokens_BL, cache, position_B, last_B or None, reach) -> (logits_B1V, cache): reads L tokens of
-            each row from `position_B` on, attending to the first `reach` positions; rows at a position where the
-            tokens do not fit write nothing.
+        read: (params, tokens_BL, cache, position_B, last_B or None, reach) -> (logits_B1V, added): reads L tokens of
+            each row from `position_B` on, attending to what the first `reach` positions of the cache hold before
+            that, and returns what the cache gets for them, like the cache itself with L positions.
         vocab: number of tokens.
     """
 
     init_cache: Callable[[int, int], Any]
-    extend: Callable[..., tuple[Any, Any]]
+    read: Callable[..., tuple[Any, Any]]
     vocab: int
 
 
@@ -125,7 +125,7 @@ def decode_problem(model: CachedModel, abstract_params: Any, rows: int, length: 
     batch = {"tokens": jax.ShapeDtypeStruct((rows, 1), jnp.int32), "position": jax.ShapeDtypeStruct((rows,), jnp.int32)}
 
     def step(params: Any, batch: Any, state: Any) -> Any:
-        return model.extend(params, batch["tokens"], state, batch["position"], None, reach)
+        return model.read(params, batch["tokens"], state, batch["position"], None, reach)
 
     return trace(step, abstract_params, batch, _abstract_cache(model, rows, length), names=ARGUMENTS)
 
@@ -136,7 +136,7 @@ def read_problem(model: CachedModel, abstract_params: Any, rows: int, tokens: in
     batch = {"tokens": ints((rows, tokens)), "position": ints((rows,)), "last": ints((rows,))}
 
     def step(params: Any, batch: Any, state: Any) -> Any:
-        return model.extend(params, batch["tokens"], state, batch["position"], batch["last"], reach)
+        return model.read(params, batch["tokens"], state, batch["position"], batch["last"], reach)
 
     return trace(step, abstract_params, batch, _abstract_cache(model, rows, reach), names=ARGUMENTS)
 
@@ -174,13 +174,13 @@ class GenerationPrograms:
         self.model, self.abstract_params, self.plans, self.mesh, self.sizes = model, abstract_params, plans, mesh, sizes
         self.shards = plans.decode.mesh.batch_shards
         check_rows(sizes.rows, microbatches=1, mesh=plans.decode.mesh, what="cache")
-        self.dims = cache_dims(model.init_cache)
         self.compilations: list[Compilation] = []
         self._executables: dict[str, Any] = {}
         decoding = self._decode_layout(sizes.length)
         reading = self._read_layout(sizes.shapes[0], sizes.length)
         self.param_shardings, self.cache_shardings = (self._placed(decoding.specs(x)) for x in ("params", "state"))
         self.read_param_shardings, view = (self._placed(reading.specs(x)) for x in ("params", "state"))
+        self._rows = CacheRows(cache_dims(model.init_cache), decoding.specs("state"), mesh)
         self._replicated = NamedSharding(mesh, P())
         if jax.tree.leaves(view) != jax.tree.leaves(self.cache_shardings):
             specs = [jax.tree.leaves(tree)[0].spec for tree in (view, self.cache_shardings)]
@@ -304,7 +304,7 @@ class GenerationPrograms:
                     return self._lower_read(shape, reach)
         local = jax.ShapeDtypeStruct((self.shards, 1), jnp.int32)
         if name == "clearing a row":
-            return self._lower(lambda cache, row: clear_rows(cache, self.dims, row), (self.abstract_cache, local), (0,))
+            return self._lower(self._rows.clear, (self.abstract_cache, local), (0,))
         if name == "noting a prompt's tokens":
             row, tokens = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((self.model.vocab,), jnp.bool_)
             return self._lower(
@@ -324,7 +324,8 @@ class GenerationPrograms:
             def body(carry: Any) -> Any:
                 i, cache, seen, rows, result = carry
                 position_B = jnp.where(rows.alive_B, rows.position_B, self.sizes.length)
-                logits, cache = step(params, {"tokens": rows.token_B[:, None], "position": position_B}, cache)
+                logits, added = step(params, {"tokens": rows.token_B[:, None], "position": position_B}, cache)
+                cache = self._rows.append(cache, added, own_SP, position_B.reshape(own_SP.shape))
                 at_B = rows.position_B + 1
                 token_B, logprob_B, finite_B = sample(self._by_rows(logits[:, 0]), seen, at_B, settings)
                 tail_BS = jnp.concatenate([rows.tail_BS[:, 1:], token_B[:, None]], axis=1)
@@ -339,6 +340,7 @@ class GenerationPrograms:
                 rows = Decoding(token_B, at_B, rows.alive_B & (code_B == GOING), tail_BS)
                 return i + 1, cache, seen, rows, result
 
+            own_SP = jnp.tile(jnp.arange(B // self.shards, dtype=jnp.int32)[None], (self.shards, 1))
             empty = Result(jnp.full((K, B), -1, jnp.int32), jnp.zeros((K, B), jnp.float32), jnp.zeros(B, jnp.int32))
             _, cache, seen, _, result = jax.lax.while_loop(going, body, (jnp.int32(0), cache, seen, rows, empty))
             return cache, seen, result
@@ -356,10 +358,9 @@ class GenerationPrograms:
         step = layout.pin(self.mesh, kernels=kernels_for(self.plans.prefill.attention, self.mesh))
 
         def read(params: Any, cache: Any, seen: Any, what: Reading, settings: RowSettings) -> Any:
-            view = take_rows(cache, self.dims, what.local_SP, reach)
             batch = {"tokens": what.tokens_RL, "position": what.start_R, "last": what.last_R}
-            logits, view = step(params, batch, view)
-            cache = put_rows(cache, view, self.dims, what.local_SP)
+            logits, added = step(params, batch, self._rows.take(cache, what.local_SP, reach))
+            cache = self._rows.append(cache, added, what.local_SP, what.start_R.reshape(what.local_SP.shape))
             at_R = what.start_R + what.last_R + 1
             seen_RV = seen[jnp.minimum(what.row_R, self.sizes.rows - 1)]
             token_R, logprob_R, finite_R = sample(self._by_rows(logits[:, 0]), seen_RV, at_R, settings)
@@ -380,7 +381,7 @@ class GenerationPrograms:
 
     def _lower_copy(self, reach: int) -> jax.stages.Lowered:
         def copy(cache: Any, source_S1: Any, target_S1: Any) -> Any:
-            return put_rows(cache, take_rows(cache, self.dims, source_S1, reach), self.dims, target_S1)
+            return self._rows.copy(cache, source_S1, target_S1, reach)
 
         local = jax.ShapeDtypeStruct((self.shards, 1), jnp.int32)
         return self._lower(copy, (self.abstract_cache, local, local), (0,))
@@ -394,7 +395,11 @@ class GenerationPrograms:
             shardings: Any = kept[0]
         else:
             shardings = (*kept, jax.tree.map(lambda _: self._replicated, out[len(kept)]))
-        return jax.jit(function, donate_argnums=donated, out_shardings=shardings).lower(*arguments)
+
+        def step(*arguments: Any) -> Any:  # the name that `search.compiler` reads
+            return function(*arguments)
+
+        return jax.jit(step, donate_argnums=donated, out_shardings=shardings).lower(*arguments)
 
     @property
     def _abstract_seen(self) -> Any:

@@ -8,6 +8,7 @@ R rank of the compressed keys and values, T layers.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from redco_like.models.config import Latent, ModelConfig, yarn_scale
+from redco_like.models.config import Latent, ModelConfig
 from redco_like.models.layers import Norm, dense, normal
-from sharding_rules.kernels import attention, causal_keep, distances, plain_attention
+from redco_like.models.rotary import Turn, rotate
+from sharding_rules.kernels import MASKED, attention, causal_keep, distances, plain_attention
 
 Cache = dict[str, jax.Array]
 
@@ -27,18 +29,25 @@ class Context(NamedTuple):
     """What all layers share.
 
     Attributes:
-        cos_LR, sin_LR: of rotary positions; (B, L, R) where rows differ.
+        turn: cosines and sines of rotary positions. near: those of layers with a window, where these differ.
         bias_1NLM: added to the scores (T5).
         keep_BM: which keys are no padding.
         position: of the first query in the cache, one for all rows or one each (B,); None where queries and keys are
             the same tokens, from the first on.
+        held: the cache, where rows have positions of their own: layers only read it, and what is new is written when
+            all have run, in one go.
     """
 
-    cos_LR: jax.Array | None = None
-    sin_LR: jax.Array | None = None
+    turn: Turn | None = None
+    near: Turn | None = None
     bias_1NLM: jax.Array | None = None
     keep_BM: jax.Array | None = None
     position: jax.Array | None = None
+    held: Cache | None = None
+
+
+EVERYTHING = np.iinfo(np.int32).max
+"""A window that hides nothing."""
 
 
 class PerLayer(NamedTuple):
@@ -103,6 +112,69 @@ def attend(
     )
 
 
+def attend_rows(
+    q_BLNH: jax.Array,
+    older: tuple[jax.Array, ...],
+    newer: tuple[jax.Array, ...],
+    config: ModelConfig,
+    context: Context,
+    layer: PerLayer,
+    *,
+    more: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of tokens to each other and to what their rows hold, without writing the one beside the other.
+
+    With scores s1 and s2 to both, m = max(s1, s2): o = (exp(s1 - m) v1 + exp(s2 - m) v2) / (sum exp(s1 - m) + sum
+    exp(s2 - m)).
+
+    Args:
+        older: keys (B, M, K, H) and values (B, M, K, V) of the cache, those of a row's position and after not counting;
+            with `more`, further dimensions of the keys.
+        newer: the same of the tokens themselves, (B, L, ...).
+        more: further dimensions of the queries.
+
+    Returns:
+        (B, L, N, V), in the dtype of the values.
+    """
+    c, position_B = config, context.position
+    B, L, N, _ = q_BLNH.shape
+    K = newer[1].shape[2]
+    window = layer.window if layer.window is not None else c.window or None
+    assert position_B is not None
+
+    def products(q_BLNH: jax.Array, k_BMKH: jax.Array) -> jax.Array:
+        M, heads = k_BMKH.shape[1:3]
+        q_BLKGH = q_BLNH.reshape(B, L, heads, N // heads, -1)
+        y = jnp.einsum("blkgh,bmkh->bkglm", q_BLKGH, k_BMKH, preferred_element_type=jnp.float32)
+        return y if heads == K else y.reshape(B, K, N // K, L, M)
+
+    def scores(part: tuple[jax.Array, ...], position: jax.Array | None) -> jax.Array:
+        M = part[0].shape[1]
+        s_BKGLM = products(q_BLNH, part[0])
+        if more is not None:
+            s_BKGLM += products(more, part[2])
+        s_BKGLM *= c.score_scale
+        if c.attention_softcap:
+            s_BKGLM = c.attention_softcap * jnp.tanh(s_BKGLM / c.attention_softcap)
+        if c.position == "alibi":
+            s_BKGLM += alibi(c.heads, L, M, position).reshape(-1, K, N // K, L, M)
+        keep = causal_keep(L, M, position, window)
+        if position is not None:
+            before_BM = jax.lax.broadcasted_iota(jnp.int32, (B, M), 1) < jnp.broadcast_to(position[:, None], (B, M))
+            keep &= before_BM[:, None, None, None]
+        return jnp.where(keep, s_BKGLM, MASKED)
+
+    parts = [(scores(older, position_B), older[1]), (scores(newer, None), newer[1])]
+    most_BKGL1 = jnp.maximum(*(s.max(-1, keepdims=True) for s, _ in parts))
+    total_BLKG1, o_BLKGV = jnp.float32(0), jnp.float32(0)
+    for s_BKGLM, v_BMKV in parts:
+        e_BKGLM = jnp.exp(s_BKGLM - most_BKGL1)
+        total_BLKG1 += e_BKGLM.sum(-1).transpose(0, 3, 1, 2)[..., None]
+        weights = e_BKGLM.astype(v_BMKV.dtype)
+        o_BLKGV += jnp.einsum("bkglm,bmkv->blkgv", weights, v_BMKV, preferred_element_type=jnp.float32)
+    return (o_BLKGV / total_BLKG1).astype(newer[1].dtype).reshape(B, L, N, -1)
+
+
 class Attention(nn.Module):
     """Self-attention. q, k, v and out are separate kernels (embed, heads * head_dim).
 
@@ -134,9 +206,17 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BLNH = Norm(c.norm, c.norm_eps, False, self.dtype, name="q_norm")(q_BLNH)
             k_BMKH = Norm(c.norm, c.norm_eps, False, self.dtype, name="k_norm")(k_BMKH)
-        if context.cos_LR is not None and context.sin_LR is not None:
-            q_BLNH = rotate(q_BLNH, context.cos_LR, context.sin_LR, c.rope_interleaved)
-            k_BMKH = rotate(k_BMKH, context.cos_LR, context.sin_LR, c.rope_interleaved)
+        turn = context.turn
+        if turn is not None and context.near is not None and layer.window is not None:
+            # Which layers have a window is known when the loop over them runs.
+            turn = jax.tree.map(functools.partial(jnp.where, layer.window < EVERYTHING), context.near, turn)
+        if turn is not None:
+            q_BLNH, k_BMKH = (rotate(x, turn, c.rope_interleaved) for x in (q_BLNH, k_BMKH))
+        if context.held is not None:
+            older = tuple(load(context.held, layer, x, self.reach).swapaxes(1, 2) for x in ("keys", "values"))
+            o_BLNH = attend_rows(q_BLNH, older, (k_BMKH, v_BMKH), c, context, layer)
+            new = {"keys": k_BMKH.swapaxes(1, 2), "values": v_BMKH.swapaxes(1, 2)}
+            return dense(c.embed, "out", c.out_bias, self.dtype)(o_BLNH.reshape(*x_BLD.shape[:2], -1)), new
         if cache is not None:
             cache = store(cache, context, layer, keys=k_BMKH.swapaxes(1, 2), values=v_BMKH.swapaxes(1, 2))
             if context.position is not None:
@@ -177,14 +257,21 @@ class LatentAttention(nn.Module):
         c_BLR = dense(m.kv_rank, "kv_a", c.qkv_bias, self.dtype)(x_BLD)
         c_BLR = Norm("rms", c.norm_eps, False, self.dtype, name="kv_norm")(c_BLR)
         k_rope = dense(m.rope_dim, "k_rope", c.qkv_bias, self.dtype)(x_BLD)[:, :, None, :]
-        if context.cos_LR is not None and context.sin_LR is not None:
-            q_rope = rotate(q_rope, context.cos_LR, context.sin_LR, c.rope_interleaved)
-            k_rope = rotate(k_rope, context.cos_LR, context.sin_LR, c.rope_interleaved)
+        if context.turn is not None:
+            q_rope, k_rope = (rotate(x, context.turn, c.rope_interleaved) for x in (q_rope, k_rope))
         k_b = self.param("k_b", normal, (m.kv_rank, N * m.nope_dim)).astype(self.dtype)
         v_b = self.param("v_b", normal, (m.kv_rank, N * m.value_dim)).astype(self.dtype)
         if cache is not None:
             cache = store(cache, context, layer, latent=c_BLR, rope=k_rope[:, :, 0])
-        if cache is None or context.position is None:
+        if context.held is not None:
+            held = {name: load(context.held, layer, name, self.reach)[:, :, None] for name in ("latent", "rope")}
+            q_BLNR = jnp.einsum("blnh,rnh->blnr", q_BLNH, k_b.reshape(m.kv_rank, N, m.nope_dim))
+            older = held["latent"], held["latent"], held["rope"]
+            newer = c_BLR[:, :, None], c_BLR[:, :, None], k_rope
+            o_BLNR = attend_rows(q_BLNR, older, newer, c, context, layer, more=q_rope)
+            o_BLNV = jnp.einsum("blnr,rnv->blnv", o_BLNR, v_b.reshape(m.kv_rank, N, m.value_dim))
+            cache = {"latent": c_BLR, "rope": k_rope[:, :, 0]}
+        elif cache is None or context.position is None:
             k_BLNH = (c_BLR @ k_b).reshape(B, L, N, m.nope_dim)
             v_BLNV = (c_BLR @ v_b).reshape(B, L, N, m.value_dim)
             o_BLNV = attend(q_BLNH, k_BLNH, v_BLNV, c, context, layer, causal=True, more=(q_rope, k_rope))
@@ -222,28 +309,38 @@ def store(cache: Cache, context: Context, layer: PerLayer, **new: jax.Array) -> 
     for name, x in new.items():
         x = x.astype(cache[name].dtype)
         if position.ndim:
-            cache[name] = _store_rows(cache[name], x, index, position)
+            cache[name] = _store_rows(cache[name], x[None], position, index[None])
         else:
             start = (index, *([zero] * (x.ndim - 2)), position, zero)
             cache[name] = jax.lax.dynamic_update_slice(cache[name], x[None], start)
     return cache
 
 
-def _store_rows(cache: jax.Array, x: jax.Array, index: jax.Array, position_B: jax.Array) -> jax.Array:
-    """Write (B, ..., L, width) at one layer's `index`, each row from its own position on.
+def store_rows(cache: Cache, new: Cache, position_B: jax.Array) -> Cache:
+    """Write what all layers add, (layers, B, ..., L, width), each row from its own position on.
+
+    A row whose new tokens do not all fit writes nothing.
+    """
+    return {name: _store_rows(x, new[name].astype(x.dtype), position_B) for name, x in cache.items()}
+
+
+def _store_rows(cache: jax.Array, x: jax.Array, position_B: jax.Array, index_1: jax.Array | None = None) -> jax.Array:
+    """Write (layers, B, ..., L, width): to all layers, or of one layer to that of `index_1`.
 
     Rows are a batching dimension of the scatter: where they are split over devices, each writes its own.
     """
     rows = position_B.shape[0]
-    where_B2 = jnp.stack([jnp.broadcast_to(index, (rows,)), position_B], axis=-1)
+    where = position_B[:, None]
+    if index_1 is not None:
+        where = jnp.concatenate([jnp.broadcast_to(index_1, (rows, 1)), where], axis=1)
     numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(1, x.ndim)),
-        inserted_window_dims=(0,),
-        scatter_dims_to_operand_dims=(0, cache.ndim - 2),
+        update_window_dims=(0, *range(2, x.ndim)),
+        inserted_window_dims=(),
+        scatter_dims_to_operand_dims=(cache.ndim - 2,) if index_1 is None else (0, cache.ndim - 2),
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )
-    return jax.lax.scatter(cache, where_B2, x, numbers, indices_are_sorted=True, unique_indices=True, mode="drop")
+    return jax.lax.scatter(cache, where, x, numbers, indices_are_sorted=True, unique_indices=True, mode="drop")
 
 
 def load(cache: Cache, layer: PerLayer, name: str, reach: int | None = None) -> jax.Array:
@@ -267,73 +364,3 @@ def alibi(heads: int, L: int, M: int, position: jax.Array | None) -> jax.Array:
         slopes = np.concatenate([slopes[1::2], slopes[::2]])[:heads]
     distance_BLM = distances(L, M, position).astype(jnp.float32).reshape(-1, L, M)
     return -distance_BLM[:, None] * jnp.asarray(slopes, jnp.float32)[None, :, None, None]
-
-
-def rotary(c: ModelConfig, length: int, position: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, (length, rotated dimensions of a head), in float32; each angle twice, as its pair lies.
-
-    Where rows have positions of their own (B,), there is a dimension of rows before these.
-    """
-    frequencies, factor = rope_frequencies(c)
-    frequencies = np.repeat(frequencies, 2) if c.rope_interleaved else np.tile(frequencies, 2)
-    steps = jnp.arange(length, dtype=jnp.float32)
-    if position is not None and position.ndim:
-        steps = steps[None] + position.astype(jnp.float32)[:, None]
-        angle_BLR = steps[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
-        return jnp.cos(angle_BLR) * factor, jnp.sin(angle_BLR) * factor
-    steps = steps if position is None else steps + position.astype(jnp.float32)
-    angle_LR = steps[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
-    return jnp.cos(angle_LR) * factor, jnp.sin(angle_LR) * factor
-
-
-def rotate(x_BLNH: jax.Array, cos_LR: jax.Array, sin_LR: jax.Array, interleaved: bool) -> jax.Array:
-    """Turn pairs of the first R dimensions of each head; the rest is turned by an angle of 0.
-
-    Written as a sum of two arrays of full width, so that the dimensions of a head stay one axis.
-    """
-    rest = x_BLNH.shape[-1] - cos_LR.shape[-1]
-    x = x_BLNH.astype(jnp.float32)
-    if interleaved:
-        pairs = x[..., : x.shape[-1] - rest].reshape(*x.shape[:-1], -1, 2)
-        turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(*x.shape[:-1], -1)
-    else:
-        first, second = jnp.split(x[..., : x.shape[-1] - rest], 2, axis=-1)
-        turned = jnp.concatenate([-second, first], axis=-1)
-    if rest:
-        turned = jnp.pad(turned, [(0, 0)] * 3 + [(0, rest)])
-        widths = [(0, 0)] * (cos_LR.ndim - 1) + [(0, rest)]
-        cos_LR = jnp.pad(cos_LR, widths, constant_values=1.0)
-        sin_LR = jnp.pad(sin_LR, widths)
-    if cos_LR.ndim == 2:
-        cos_LR, sin_LR = cos_LR[None], sin_LR[None]
-    return (x * cos_LR[:, :, None] + turned * sin_LR[:, :, None]).astype(x_BLNH.dtype)
-
-
-def rope_frequencies(c: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angle per position of each pair, and a factor on cosines and sines (YaRN, arXiv 2309.00071; LongRoPE)."""
-    dim = c.rope_dim
-    plain = c.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    s = c.rope_scaling
-    if s is None:
-        return plain, 1.0
-    if s.kind == "linear":
-        return plain / s.factor, 1.0
-    if s.kind == "llama3":
-        wavelength = 2 * math.pi / plain
-        smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)
-        return (1 - smooth) * plain / s.factor + smooth * plain, 1.0
-    if s.kind == "longrope":
-        stretch = c.max_length / s.original_length
-        factors = np.asarray(s.long_factor if stretch > 1 else s.short_factor)
-        return plain / factors, math.sqrt(1 + math.log(max(stretch, 1.0)) / math.log(s.original_length))
-
-    def dimension(rotations: float) -> float:
-        return dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
-
-    low, high = max(math.floor(dimension(s.beta_fast)), 0), min(math.ceil(dimension(s.beta_slow)), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
-    factor = yarn_scale(s.factor, s.mscale or 1.0)
-    if s.mscale and s.mscale_all_dim:
-        factor /= yarn_scale(s.factor, s.mscale_all_dim)
-    return plain / s.factor * ramp + plain * (1 - ramp), factor

@@ -15,13 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from redco_like.models.attention import Attention, Cache, Context, LatentAttention, PerLayer, rotary
+from redco_like.models.attention import EVERYTHING, Attention, Cache, Context, LatentAttention, PerLayer
 from redco_like.models.config import ModelConfig
 from redco_like.models.layers import Hidden, Mixture, dense, norm, normal
+from redco_like.models.rotary import rotary
 
 
 class Block(nn.Module):
-    """One layer; returns the carry (activations, cache) and the balance loss of its experts."""
+    """One layer; returns the carry (activations, cache), the balance loss of its experts, and what it adds.
+
+    What is added is for the cache where the context holds that; else the carry has it, and it is None.
+    """
 
     config: ModelConfig
     dtype: Any
@@ -32,7 +36,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], layer: PerLayer, context: Context
-    ) -> tuple[tuple[jax.Array, Cache | None], jax.Array]:
+    ) -> tuple[tuple[jax.Array, Cache | None], tuple[jax.Array, Cache | None]]:
         c = self.config
         x_BLD, cache = carry
 
@@ -71,7 +75,7 @@ class Block(nn.Module):
                 x_BLD += attention(normed("attention_norm", x_BLD))
                 y_BLD, balance = hidden(normed("mlp_norm", x_BLD))
                 x_BLD += y_BLD
-        return (x_BLD, cache), balance
+        return ((x_BLD, cache), (balance, None)) if context.held is None else ((x_BLD, None), (balance, cache))
 
 
 class Layers(nn.Module):
@@ -87,12 +91,13 @@ class Layers(nn.Module):
         self, x_BLD: jax.Array, context: Context, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         c = self.config
-        windows = np.array([window or np.iinfo(np.int32).max for window in c.windows], np.int32)
+        windows = np.array([window or EVERYTHING for window in c.windows], np.int32)
         balance = jnp.float32(0)
+        added: list[Cache] = []
         stacks = [("dense_layers", 0, c.dense_layers)] if c.dense_layers else []
         for name, start, stop in [*stacks, ("layers", c.dense_layers, c.layers)]:
             layer = PerLayer(
-                None if cache is None else jnp.arange(start, stop, dtype=jnp.int32),
+                None if cache is None and context.held is None else jnp.arange(start, stop, dtype=jnp.int32),
                 jnp.asarray(windows[start:stop]) if c.windows else None,
             )
             stack = nn.scan(
@@ -102,8 +107,11 @@ class Layers(nn.Module):
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=stop - start,
             )(c, self.dtype, name == "dense_layers", self.causal, self.reach, name=name)
-            (x_BLD, cache), losses = stack((x_BLD, cache), layer, context)
+            (x_BLD, cache), (losses, new) = stack((x_BLD, cache), layer, context)
+            added += [] if new is None else [new]
             balance += losses.sum()
+        if added:
+            cache = added[0] if len(added) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *added)
         return x_BLD, cache, balance
 
 
@@ -111,7 +119,8 @@ class Decoder(nn.Module):
     """Token ids (B, L) to logits (B, L, V), the cache and the balance loss.
 
     With a cache and no position the tokens are a prompt, and only the last token's logits are made: (B, 1, V). With
-    `last_B` these are the logits of the token of that index in each row.
+    `last_B` these are the logits of the token of that index in each row. Where rows have positions of their own (B,),
+    the cache is only read, and instead of it comes what it gets for these tokens.
     """
 
     config: ModelConfig
@@ -125,6 +134,7 @@ class Decoder(nn.Module):
         position: jax.Array | None = None,
         last_B: jax.Array | None = None,
         reach: int | None = None,
+        longest: int | None = None,
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         c = self.config
         L = tokens_BL.shape[1]
@@ -141,9 +151,18 @@ class Decoder(nn.Module):
                 x_BLD += table_PD[position[:, None] + jnp.arange(c.position_offset, c.position_offset + L)[None]]
             else:
                 x_BLD += jax.lax.dynamic_slice_in_dim(table_PD, start, L)[None]
-        cos, sin = rotary(c, L, position) if c.position == "rotary" else (None, None)
-        context = Context(cos_LR=cos, sin_LR=sin, position=position)
-        x_BLD, cache, balance = Layers(c, self.dtype, reach=reach, name="stack")(x_BLD, context, cache)
+        turn = near = None
+        if c.position == "rotary":
+            # Of a cache, how much it can hold: what is written to it is turned once.
+            longest = longest or (L if cache is None else jax.tree.leaves(cache)[0].shape[-2])
+            turn = rotary(c, L, position, longest=longest, near=bool(c.window) and not c.windows)
+            near = rotary(c, L, position, longest=longest, near=True) if c.local_theta and c.windows else None
+        layers = Layers(c, self.dtype, reach=reach, name="stack")
+        if cache is not None and position is not None and position.ndim:
+            context = Context(turn=turn, near=near, position=position, held=cache)
+            x_BLD, cache, balance = layers(x_BLD, context)
+        else:
+            x_BLD, cache, balance = layers(x_BLD, Context(turn=turn, near=near, position=position), cache)
         if last_B is not None:
             x_BLD = jax.vmap(lambda x_LD, last: jax.lax.dynamic_slice_in_dim(x_LD, last, 1))(x_BLD, last_B)
         elif cache is not None and position is None:

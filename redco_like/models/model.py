@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from redco_like.models.attention import Cache, empty_cache
+from redco_like.models.attention import Cache, empty_cache, store_rows
 from redco_like.models.config import ModelConfig
 from redco_like.models.decoder import Decoder
 from redco_like.models.encoder import Bert, Vit
@@ -155,6 +155,42 @@ class Model:
         logits, cache, *_ = self.module.apply({"params": params}, tokens, cache, position)
         return logits, cache
 
+    def read(
+        self,
+        params: Any,
+        tokens_BL: jax.Array,
+        cache: Cache,
+        position_B: jax.Array,
+        *,
+        last_B: jax.Array | None = None,
+        reach: int | None = None,
+        length: int | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Read L tokens of each row, from the row's own position on, and leave the cache as it is.
+
+        Args:
+            last_B: index in L of each row's last token, whose logits are made; None for L - 1. What comes after is
+                padding, and hidden from it.
+            reach: how many positions of the cache attention reads, static: as many as every row has tokens; None for
+                all.
+            length: how long a row may get, where this cache is a part of a longer one (LongRoPE turns by it).
+
+        Returns:
+            Logits (B, 1, V), and what the cache gets for the tokens: like the cache, with L positions.
+
+        Raises:
+            ValueError: another kind of model.
+        """
+        if self.config.kind != "decoder":
+            raise ValueError(
+                f"{self.config.family} ({self.config.kind}): only decoders read a cache without writing it"
+            )
+        last_B = _last(tokens_BL, last_B)
+        logits_B1V, added, _ = self.module.apply(
+            {"params": params}, tokens_BL, cache, position_B, last_B, reach, longest=length
+        )
+        return logits_B1V, added
+
     def extend(
         self,
         params: Any,
@@ -165,24 +201,21 @@ class Model:
         last_B: jax.Array | None = None,
         reach: int | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Read L tokens of each row, from the row's own position on.
+        """Read L tokens of each row as `read` does, and write what the cache gets for them, in place where donated.
 
-        Tokens after `last_B` are padding: what they leave in the cache is hidden, as it lies behind the row's last
-        token, and is written over by what the row reads next. A row whose `position_B` is the length of the cache (or
-        so near to it that not all L tokens fit) writes nothing.
-
-        Args:
-            last_B: index in L of each row's last token, whose logits are made; None for L - 1.
-            reach: how many positions of the cache attention reads, static: more than every row's last position;
-                None for all.
+        What padding leaves in the cache lies behind the row's last token, and is written over by what the row reads
+        next. A row whose `position_B` is the length of the cache (or so near to it that not all L tokens fit) writes
+        nothing.
 
         Returns:
             Logits (B, 1, V), and the cache with what is new.
         """
         self._check_decoder()
-        if last_B is None and tokens_BL.shape[1] > 1:
-            last_B = jnp.full(tokens_BL.shape[:1], tokens_BL.shape[1] - 1, jnp.int32)
-        logits_B1V, cache, *_ = self.module.apply({"params": params}, tokens_BL, cache, position_B, last_B, reach)
+        if self.config.kind == "decoder":
+            logits_B1V, added = self.read(params, tokens_BL, cache, position_B, last_B=last_B, reach=reach)
+            return logits_B1V, store_rows(cache, added, position_B)
+        last_B = _last(tokens_BL, last_B)
+        logits_B1V, cache = self.module.apply({"params": params}, tokens_BL, cache, position_B, last_B, reach)
         return logits_B1V, cache
 
     def _check_decoder(self) -> None:
@@ -201,3 +234,10 @@ class Model:
 def build_model(config: ModelConfig, *, dtype: str = "bfloat16") -> Model:
     """The functions of an architecture, computing in `dtype`."""
     return Model(config, dtype, MODULES[config.kind](config, jnp.dtype(dtype)))
+
+
+def _last(tokens_BL: jax.Array, last_B: jax.Array | None) -> jax.Array | None:
+    """Index of each row's last token; None where there is only one."""
+    if last_B is None and tokens_BL.shape[1] > 1:
+        return jnp.full(tokens_BL.shape[:1], tokens_BL.shape[1] - 1, jnp.int32)
+    return last_B

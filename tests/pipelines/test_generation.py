@@ -1,6 +1,7 @@
 """Sampling against plain numpy, the scheduler as a machine of rows, and rows of any cache."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pipelines.generation import SamplingParams, Scheduler, Sequence, Shape, sample
-from pipelines.generation.rows import cache_dims, clear_rows, put_rows, take_rows
+from pipelines.generation.rows import CacheRows, cache_dims
 from pipelines.generation.sampling import (
     STOP_TOKENS,
     STOPS,
@@ -21,6 +24,7 @@ from pipelines.generation.sampling import (
     settings_of,
     uniforms,
 )
+from sharding_rules import MeshShape, PlanError, make_mesh
 
 V = 300
 QUICK_COMPILE = {"xla_backend_optimization_level": "0"}
@@ -375,22 +379,54 @@ def make_cache(rows, length):
     return {"keys": jnp.zeros((2, rows, 3, length, 4)), "latent": jnp.zeros((2, rows, length, 5), jnp.bfloat16)}
 
 
-def test_rows_are_taken_and_put_back_within_their_shards():
+def rows_on(shape):
+    mesh = make_mesh(shape, jax.devices()[: shape.size])
+    specs = {"keys": P(None, ("data", "fsdp"), "tensor"), "latent": P(None, ("data", "fsdp"))}
+    cache = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in random_cache().items()}
+    return CacheRows(cache_dims(make_cache), specs, mesh), cache
+
+
+def random_cache(rows=8, length=6):
     rng = np.random.default_rng(0)
-    cache = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), make_cache(8, 6))
-    dims = cache_dims(make_cache)
-    local = np.array([[3, 1], [0, 4]], np.int32)  # rows 3, 1, 4, and none
-    view = take_rows(cache, dims, local, 5)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), make_cache(rows, length))
+
+
+NONE = 4
+"""No row of a shard of four."""
+
+
+def test_rows_are_moved_within_their_shards():
+    rows, cache = rows_on(MeshShape(data=2, tensor=3))
+    jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    before = jax.tree.map(np.asarray, cache)
+    view = jit(rows.take, static_argnums=2)(cache, np.array([[3, 1], [0, NONE]], np.int32), 5)
     for name, x in view.items():
-        np.testing.assert_array_equal(x[:, :3], np.asarray(cache[name])[:, [3, 1, 4]][..., :5, :])
-    changed = put_rows(cache, jax.tree.map(lambda x: x + 1, view), dims, local)
-    for name, x in cache.items():
-        wanted = np.array(x)
-        wanted[:, [3, 1, 4], ..., :5, :] = np.asarray(x + 1)[:, [3, 1, 4], ..., :5, :]
-        np.testing.assert_array_equal(changed[name], wanted)
-    cleared = clear_rows(cache, dims, np.array([[2], [4]], np.int32))
+        np.testing.assert_array_equal(x[:, :3], before[name][:, [3, 1, 4]][..., :5, :])
+
+    # Rows 3, 1 and 4 from positions 0, 4 and 2 on; of row 3 of the second shard too little is left.
+    added = random_cache(4, 2)
+    where = np.array([[3, 1], [0, 3]], np.int32), np.array([[0, 4], [2, 5]], np.int32)
+    got, wanted = jit(rows.append)(cache, added, *where), jax.tree.map(np.array, before)
+    for name, x in wanted.items():
+        for i, (row, start) in enumerate([(3, 0), (1, 4), (4, 2)]):
+            x[:, row, ..., start : start + 2, :] = np.asarray(added[name])[:, i]
+        np.testing.assert_array_equal(got[name], x)
+
+    copied = jit(rows.copy, static_argnums=3)(cache, np.array([[1], [2]]), np.array([[0], [NONE]]), 3)
+    for name, x in jax.tree.map(np.array, before).items():
+        x[:, 0, ..., :3, :] = x[:, 1, ..., :3, :]
+        np.testing.assert_array_equal(copied[name], x)
+
+    cleared = jit(rows.clear)(cache, np.array([[2], [NONE]]))
     assert not np.asarray(cleared["keys"])[:, 2].any()
-    np.testing.assert_array_equal(np.delete(cleared["keys"], 2, 1), np.delete(cache["keys"], 2, 1))
+    np.testing.assert_array_equal(np.delete(cleared["keys"], 2, 1), np.delete(before["keys"], 2, 1))
+
+
+def test_a_plan_that_splits_positions_is_refused():
+    mesh = make_mesh(MeshShape(context=2), jax.devices()[:2])
+    specs = {"keys": P(None, None, None, "context"), "latent": P()}
+    with pytest.raises(PlanError, match=r"'keys' as .* a plan without the axis context"):
+        CacheRows(cache_dims(make_cache), specs, mesh)
 
 
 def test_a_cache_without_positions_is_refused():
