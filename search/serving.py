@@ -399,7 +399,8 @@ def _most(start: int, share: Callable[[int], float]) -> int:
         if high >= MOST_USERS:
             return high
         low, below = high, above
-        high *= 2
+        # What grows from nothing in proportion would reach the limit there; what has a fixed part goes further yet.
+        high = min(max(2 * high, min(int(high / max(above, 1e-9)), 32 * high)), MOST_USERS)
         above = share(high)
     halve = False
     while high - low > max(1, low // PRECISION):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from redco_like.text import Text
 
 KEY_VARIABLE = "REDCO_LIKE_API_KEY"
-LENGTH, ROWS = 2048, 16
+LENGTH, ROWS, CHUNK_TOKENS = 2048, 16, 256
 NEEDED = {"fastapi": "serve", "uvicorn": "serve", "tokenizers": "hf", "jinja2": "hf", "safetensors": "hf"}
 """Modules that a server needs, and the extra that each comes with."""
 
@@ -86,7 +86,7 @@ class Room:
     """Sequences that run at a time."""
     length: Annotated[int | None, optional("N", f"the model's, at most {LENGTH}, or the plan's")] = None
     """Tokens of a sequence, prompt and answer together."""
-    chunk_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 256
+    chunk_tokens: Annotated[int | None, optional("N", f"{CHUNK_TOKENS}, or the plan's")] = None
     """Tokens of prompts that are read between two steps of decoding."""
     steps_per_dispatch: Annotated[int, tyro.conf.arg(metavar="N")] = 8
     """Tokens per row that are decoded before the host looks at them."""
@@ -212,7 +212,7 @@ class Serve:
                     mesh=self.room.mesh,
                     rows=settings.rows,
                     length=settings.length or min(loaded.config.max_length, LENGTH),
-                    chunk_tokens=self.room.chunk_tokens,
+                    chunk_tokens=settings.chunk_tokens,
                     steps_per_dispatch=self.room.steps_per_dispatch,
                     eos=text.eos,
                 )
@@ -250,10 +250,12 @@ class Settings:
     plan: Any
     rows: int
     length: int | None
+    chunk_tokens: int
 
 
 def room_of(room: Room) -> Settings:
-    """Read the plan's file, if it is one; one of `plan --task serve` also says how many rows there are, and how long.
+    """Read the plan's file, if it is one; one of `plan --task serve` also says how many rows there are, how long, and
+    how much of a prompt is read at a time.
 
     Raises:
         UsageError: a file that is neither.
@@ -262,7 +264,7 @@ def room_of(room: Room) -> Settings:
         value = getattr(room, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}; a whole number from 1 up")
-    plain = Settings(room.plan, room.rows or ROWS, room.length)
+    plain = Settings(room.plan, room.rows or ROWS, room.length, room.chunk_tokens or CHUNK_TOKENS)
     if not room.plan.endswith(".json"):
         return plain
     from search import Plan
@@ -273,13 +275,16 @@ def room_of(room: Room) -> Settings:
             record = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise UsageError(f"--plan {path}: there is no such file") from None
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--plan {path} is not JSON: {error}") from None
         if not isinstance(record, dict) or "plans" not in record:
             return dataclasses.replace(plain, plan=Plan.load(path))
         if not record["plans"].get("decode"):
             raise UsageError(f"--plan {path}: nothing fits, so it says no plan")
         plan = Plan.from_json(json.dumps(record["plans"]["decode"]))
         sized = record["asked"] or record["most_within_limits"] or record["most_that_fit"]
-    return Settings(plan, room.rows or sized["rows"], room.length or record["problem"]["context_tokens"])
+    length, chunk = room.length or record["problem"]["context_tokens"], room.chunk_tokens or sized["chunk_tokens"]
+    return Settings(plan, room.rows or sized["rows"], length, chunk)
 
 
 def check_extras() -> None:

@@ -283,7 +283,7 @@ def _changes(load: Load, machine: Machine, cluster: Cluster, sizing: Sizing) -> 
             seen.add(served.mesh.tensor)
             fitting = served.about_fitting(machine.budget(cluster))
             out.append(Change(f"tensor {served.mesh.tensor}", served, _holds(served, load), fitting))
-    out.append(change("cache in 8 bits (lossy; not run yet)", dtype=NARROW))
+    out.append(change("8-bit cache (lossy, not run yet)", dtype=NARROW))
     half = load.context_tokens // 2
     if load.output_tokens < half:
         out.append(change(f"context of {half:,}", dataclasses.replace(load, context_tokens=half)))
@@ -435,7 +435,7 @@ def serving_table(columns: list[tuple[str, Served]], load: Load, budget_bytes: f
 def change_table(load: Load, changes: list[Change]) -> Table:
     """What would become of the same users with something changed."""
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold", pad_edge=False)
-    table.add_column(f"{load.users:,} users with")
+    table.add_column(f"{load.users:,} users with", no_wrap=True)
     for name in ("fit", "most that fit", "first token", "per token", "output tokens/s", "limits"):
         table.add_column(name, justify="right")
     for change in changes:

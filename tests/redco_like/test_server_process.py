@@ -15,7 +15,11 @@ from fake_engine import expected
 from serving import tiny_folder
 
 from redco_like.cli import main
+from redco_like.cli.serve import Room, room_of
+from redco_like.cli.terminal import UsageError
 from redco_like.server.process import is_loopback
+from search import Plan
+from sharding_rules import MeshShape
 
 ROOT = pathlib.Path(__file__).parents[2]
 SERVER = """
@@ -157,3 +161,25 @@ def test_numbers_out_of_range(capsys, folder, arguments, said):
 )
 def test_loopback_addresses(host, inside):
     assert is_loopback(host) is inside
+
+
+# Plans.
+
+
+def test_a_plan_leaves_rows_length_and_chunk_as_they_are(tmp_path):
+    file = tmp_path / "plan.json"
+    Plan(MeshShape(tensor=2), "megatron").save(file)
+    found = room_of(Room(plan=str(file)))
+    assert (found.rows, found.length, found.chunk_tokens, found.plan.mesh.tensor) == (16, None, 256, 2)
+    assert room_of(Room()).plan == "auto"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{}", "version"), ("[1]", "JSON object"), ("{", "JSON"), ('{"plans": {"decode": null}}', "nothing fits")],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text, said):
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        room_of(Room(plan=str(file)))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redco_like.cli import main, sizing
+from redco_like.cli.serve import Room, room_of
 from redco_like.cli.terminal import UsageError
 from search import Plan
 from search.serving import Load, Phases, Step, about_fitting, serve, size, steady
@@ -209,9 +210,15 @@ def run(capsys, *arguments):
 SMALL = ("--model", "gpt2", "--cluster", "2xH100", "--context", "512", "--chunk-tokens", "128")
 
 
-def test_steps_cost_what_the_planner_says_of_them(capsys):
-    code, out, _ = run(capsys, *SMALL, "--users", "64", "--json", "--fix", "tensor=2")
+def test_steps_cost_what_the_planner_says_of_them(capsys, tmp_path):
+    file = tmp_path / "sizing.json"
+    code, out, _ = run(capsys, *SMALL, "--users", "64", "--json", "--fix", "tensor=2", "--out", str(file))
     assert code == 0
+    assert json.loads(file.read_text()) == json.loads(out)
+    # The server takes it for a plan, with its rows, their length, and the chunk.
+    served = room_of(Room(plan=str(file)))
+    assert (served.rows, served.length, served.chunk_tokens, served.plan.mesh.tensor) == (64, 512, 128, 2)
+    assert (room_of(Room(plan=str(file), rows=8, length=64)).rows, room_of(Room(plan=str(file))).rows) == (8, 64)
     found = json.loads(out)
     assert found["label"] == "analytic"
     rows = found["asked"]["rows"]
