@@ -212,12 +212,19 @@ def _of_config(
         params = cast_floats(values.params, options.dtype)
         batch = {"tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32)}
         function = _prefill_of(model)
+        if config.kind == "encoder-decoder" and options.task == "prefill":
+            # The source is what there is much of; the decoder has read one token when it is done.
+            batch = {"source": batch["tokens"], "tokens": jax.ShapeDtypeStruct((rows, 1), jnp.int32)}
         if options.task == "decode":
             batch = {
                 "tokens": jax.ShapeDtypeStruct((rows, 1), jnp.int32),
                 "position": jax.ShapeDtypeStruct((), jnp.int32),
             }
             function = _decode_of(model)
+            if config.kind == "encoder-decoder":
+                from redco_like.models.encoder_decoder import read_by_decode
+
+                params = read_by_decode(params)
         traced = trace(function, params, batch, cache, names=("params", "batch", "state"))
         build = functools.partial(build_cached_program, traced)
     parameters = _count(values.params)
@@ -239,6 +246,10 @@ def _of_config(
 
 
 def _prefill_of(model: Any) -> Callable[..., Any]:
+    if model.config.kind == "encoder-decoder":
+        return lambda params, batch, state: model.prefill(
+            params, batch["tokens"], state, model.encode(params, batch["source"])
+        )
     return lambda params, batch, state: model.prefill(params, batch["tokens"], state)
 
 

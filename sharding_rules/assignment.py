@@ -372,7 +372,8 @@ class _Conflicts:
         size: Counter[Row] = Counter()
         twice: dict[Row, tuple[str, set[Row]]] = {}
         for path, dims in zip(table.paths(params), table.inputs(params), strict=True):
-            per_dim = [{r for axis in _with_segments(dim) if (r := rows.of(axis))} for dim in dims]
+            # In order, and not as a set, whose order differs between processes: ties go to the first.
+            per_dim = [dict.fromkeys(r for axis in _with_segments(dim) if (r := rows.of(axis))) for dim in dims]
             elements = 1
             for dim in dims:
                 elements *= size_of(dim)
@@ -380,7 +381,7 @@ class _Conflicts:
                 for row in here:
                     size[row] += elements
                 for there in per_dim[i + 1 :]:
-                    for row in here & there:
+                    for row in (row for row in here if row in there):
                         twice.setdefault(row, (path, set().union(*per_dim)))
                     pairs |= {frozenset((a, b)) for a in here for b in there}
         has_keys = any(row.role == "kv_heads" for row in rows.rows)

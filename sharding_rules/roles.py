@@ -137,7 +137,10 @@ def _name_attention(
             name((a for dim in c.batch for a in leaves(dim) if a in weight and a not in roles), "expert")
     scores, values = [], []
     for c in table.contractions:
-        if c.kind == "dot" and c.lhs_origin & c.rhs_origin & PARAM and (c.lhs_origin | c.rhs_origin) & BATCH:
+        origin = c.lhs_origin | c.rhs_origin
+        # Of two activations; one of them may be what a cache holds, which comes from neither weights nor batch.
+        kept = c.weight is None and 0 in (c.lhs_origin, c.rhs_origin) and origin & PARAM
+        if c.kind == "dot" and (c.lhs_origin & c.rhs_origin & PARAM or kept) and origin & BATCH:
             shared = (a for dim in c.contracted for a in leaves(dim))
             inner = any(a in weighty and roles.get(a) not in {"batch", "expert"} for a in shared)
             (scores if inner else values).append(c)

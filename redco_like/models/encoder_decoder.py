@@ -210,6 +210,18 @@ class EncoderDecoder(nn.Module):
         return x_BLD * jnp.asarray(self.config.embed**0.5, self.dtype) if self.config.embed_scale else x_BLD
 
 
+def read_by_decode(params: Any) -> Any:
+    """The parameters without those that have done their part when there is a cache: the encoder's, and the kernels of
+    the memory's keys and values.
+
+    A step that is planned without them neither holds nor moves them.
+    """
+    layers = params["decoder"]["layers"]
+    cross = {name: x for name, x in layers["cross"].items() if name not in ("k", "v")}
+    decoder = {**params["decoder"], "layers": {**layers, "cross": cross}}
+    return {**{name: x for name, x in params.items() if name != "encoder"}, "decoder": decoder}
+
+
 def empty_memory(config: ModelConfig, rows: int, source: int, dtype: Any) -> Cache:
     """Zeros: keys and values of a source, (layers, rows, kv heads, source, head dim), all of it padding."""
     shape = (config.decoder_layers, rows, config.kv_heads, source, config.head_dim)

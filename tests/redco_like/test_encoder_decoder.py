@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny_architectures import LENGTH, make_batch, make_params, tiny
 
 from redco_like.models import build_model
-from redco_like.models.encoder_decoder import bucket_bounds
+from redco_like.models.encoder_decoder import bucket_bounds, read_by_decode
 from redco_like.models.greedy import greedy
+from redco_like.problem import load_problem
 from sharding_rules import MeshShape, make_layout, make_mesh, path_str, trace
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -105,7 +107,8 @@ def test_inference_gives_the_logits_of_training(name, mode):
     logits, cache = jit(model.prefill)(params, tokens[:, :prompt], cache, memory)
     np.testing.assert_allclose(logits[:, 0], expected[:, prompt - 1], rtol=1e-4, atol=1e-4)
     if mode == "decode":
-        decode = jit(model.decode)
+        decode, params = jit(model.decode), read_by_decode(params)
+        assert "encoder" not in params
         for position in range(prompt, LENGTH):
             logits, cache = decode(params, tokens[:, position : position + 1], cache, jnp.int32(position))
             np.testing.assert_allclose(logits[:, 0], expected[:, position], rtol=1e-4, atol=1e-4)
@@ -211,3 +214,21 @@ def test_bounds_of_the_buckets_grow_by_a_factor():
     # Of the paper's 32 buckets: 16 for keys before the query, of which the last 8 go from 8 to 128.
     assert bucket_bounds(16, 128) == [12, 16, 23, 32, 46, 64, 91]
     assert bucket_bounds(32, 128) == [19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
+
+
+@pytest.mark.parametrize("name", ["bart-base", "t5-v1.1-base"])
+@pytest.mark.parametrize("task", ["prefill", "decode"])
+def test_tensor_parallel_inference_splits_heads_of_both_caches(name, task):
+    problem = load_problem(tiny(name), seq_len=LENGTH, global_batch=8, task=task)
+    layout = make_layout(problem.traced, MeshShape(data=2, tensor=4), "megatron")
+    specs = layout.specs("state")
+    for key in ("keys", "values", "cross_keys", "cross_values"):
+        assert specs[key] == P(None, "data", "tensor"), key
+    params = layout.specs("params")
+    cross, mlp = params["decoder"]["layers"]["cross"], params["decoder"]["layers"]["mlp"]
+    assert ("encoder" in params) == (task == "prefill")
+    assert set(cross) == ({"q", "k", "v", "out"} if task == "prefill" else {"q", "out"})
+    assert {name: part["kernel"] for name, part in cross.items()} == {
+        name: P(None, "tensor") if name == "out" else P(None, None, "tensor") for name in cross
+    }
+    assert mlp["down"]["kernel"] == P(None, "tensor")
