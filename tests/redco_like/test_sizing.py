@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -72,7 +73,7 @@ def test_times_of_a_replica_lie_within_the_bounds_of_its_queue(users, decode, ch
     # Little's law, and no more prompts than the time to read them allows.
     cycle = found.ttft_seconds + (output - 1) * found.tpot_seconds
     assert found.requests_per_second * cycle == pytest.approx(users)
-    assert found.requests_per_second * prompt <= 1 + 1e-6
+    assert found.requests_per_second * prompt <= 1 + 1 / users
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,6 +84,64 @@ def test_times_of_a_replica_grow_with_its_users_and_slower_steps_slow_tokens(use
     assert more.ttft_seconds >= base.ttft_seconds * (1 - 1e-5)
     assert more.tpot_seconds >= base.tpot_seconds * (1 - 1e-5)
     assert steady(users, 1.1 * decode, chunk, 3, output).tpot_seconds >= base.tpot_seconds * (1 - 1e-5)
+
+
+def simulated(users, decode, chunk, chunks, output, *, alike, rounds=100):
+    """One replica, step by step: a token for all who have begun, and a chunk of the prompt that is first in line."""
+    rng, now, line, left = random.Random(0), 0.0, [], {}
+    asked, began, length = {}, {}, {}
+    for user in range(users):
+        left[user] = length[user] = rng.randint(1, output - 1)
+    firsts, tokens, done, start = [], [], 0, 0.0
+    warm = 10 * users
+    while done < warm + rounds * users:
+        going, head = list(left), line[0] if line else None
+        now += (decode if going else 0) + (chunk if head else 0)
+        for user in going:
+            left[user] -= 1
+            if not left[user]:
+                del left[user]
+                if user in began:
+                    done += 1
+                    start = now if done == warm else start
+                    if done > warm:
+                        tokens.append((now - began[user], length[user]))
+                asked[user] = now
+                line.append([user, chunks])
+        if head is not None:
+            head[1] -= 1
+            if not head[1]:
+                user, _ = line.pop(0)
+                began[user] = now
+                left[user] = length[user] = output - 1 if alike else max(1, round(rng.expovariate(1 / (output - 1))))
+                if done > warm:
+                    firsts.append(now - asked[user])
+    per_token = sum(seconds for seconds, _ in tokens) / sum(count for _, count in tokens)
+    return sum(firsts) / len(firsts), per_token, (done - warm) / (now - start)
+
+
+@pytest.mark.parametrize(
+    ("users", "decode", "chunk", "chunks", "output"),
+    [
+        (32, 0.008, 0.08, 1, 256),
+        (100, 0.011, 0.08, 1, 256),
+        (32, 0.008, 0.0055, 15, 256),
+        (8, 0.01, 0.05, 2, 64),
+        (2, 0.01, 0.05, 4, 100),
+        (12, 0.01, 0.02, 1, 16),
+        (24, 0.01, 0.04, 2, 24),
+    ],
+)
+def test_times_are_those_of_a_simulation(users, decode, chunk, chunks, output):
+    found = steady(users, decode, chunk, chunks, output)
+    first, token, rate = simulated(users, decode, chunk, chunks, output, alike=False)
+    assert found.ttft_seconds == pytest.approx(first, rel=0.05)
+    assert found.tpot_seconds == pytest.approx(token, rel=0.08)
+    assert found.requests_per_second == pytest.approx(rate, rel=0.05)
+    first, token, rate = simulated(users, decode, chunk, chunks, output, alike=True, rounds=20)
+    assert found.ttft_seconds >= 0.98 * first
+    assert found.tpot_seconds == pytest.approx(token, rel=0.08)
+    assert found.requests_per_second == pytest.approx(rate, rel=0.05)
 
 
 def test_a_lone_user_waits_for_nothing():
