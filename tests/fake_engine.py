@@ -13,6 +13,10 @@ END = 0
 """The token that ends an answer; a prompt with it in front never draws it."""
 
 
+BROKEN = 255
+"""A prompt that begins with it fails, alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FakeEvent:
     request: int
@@ -129,6 +133,9 @@ class FakeEngine:
         return events
 
     def _write(self, row):
+        if row.prompt[0] == BROKEN:
+            del self._running[row.request]
+            return FakeEvent(row.request, 0, (), None, "error", "the logits are not finite numbers")
         new, finish = [], None
         for _ in range(self.per_step):
             position = len(row.written)

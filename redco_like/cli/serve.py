@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import os
 import pathlib
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -146,7 +147,7 @@ class Serve:
             settings = room_of(self.room)
         sock = self.address.bind()
         with sock:
-            with terminal.progress(f"reading {self.model}") as tell:
+            with terminal.progress(f"reading {self.model}") as tell, enough_memory(settings):
                 engine = self._engine(text, settings, tell)
                 start, programs = time.perf_counter(), len(engine.programs.names)
                 done = 0
@@ -204,6 +205,11 @@ class Serve:
                     random_seed=self.random_weights,
                     progress=progress,
                 )
+                longest = loaded.config.max_length
+                if settings.length is not None and settings.length > longest:
+                    raise UsageError(
+                        f"--length {settings.length}: the model reads up to {longest} tokens; nearest: {longest}"
+                    )
                 tell("placing the cache")
                 return Engine(
                     loaded.model,
@@ -211,7 +217,7 @@ class Serve:
                     plan=loaded.plan or settings.plan,
                     mesh=self.room.mesh,
                     rows=settings.rows,
-                    length=settings.length or min(loaded.config.max_length, LENGTH),
+                    length=settings.length or min(longest, LENGTH),
                     chunk_tokens=settings.chunk_tokens,
                     steps_per_dispatch=self.room.steps_per_dispatch,
                     eos=text.eos,
@@ -285,6 +291,28 @@ def room_of(room: Room) -> Settings:
         sized = record["asked"] or record["most_within_limits"] or record["most_that_fit"]
     length, chunk = room.length or record["problem"]["context_tokens"], room.chunk_tokens or sized["chunk_tokens"]
     return Settings(plan, room.rows or sized["rows"], length, chunk)
+
+
+@contextlib.contextmanager
+def enough_memory(settings: Settings) -> Iterator[None]:
+    """Say what a device that is out of memory means.
+
+    Raises:
+        UsageError: instead of JAX's error.
+    """
+    import jax
+
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        long = f" of {settings.length:,} tokens" if settings.length else ""
+        raise UsageError(
+            f"the devices have no room for the model and {settings.rows:,} rows{long}: "
+            f"{str(error).partition(chr(10))[0]}; give fewer --rows or a shorter --length; "
+            "redco-like plan --task serve says what fits"
+        ) from error
 
 
 def check_extras() -> None:

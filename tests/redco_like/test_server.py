@@ -441,6 +441,18 @@ def test_an_engine_that_fails_is_everybodys_error_and_health_is_red():
         assert metrics['redco_like_requests_total{endpoint="completions",outcome="failed"}'] == 5
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_fails_alone_leaves_the_others(server, stream):
+    response = complete(server, prompt=[255, 1], stream=stream)
+    assert response.status_code == 500
+    assert "not finite" in response.json()["error"]["message"]
+    assert server.client.get("/health").status_code == 200
+    response = complete(server, prompt=["a", [255, 1]], max_tokens=200)  # one of two is none
+    assert response.status_code == 500
+    server.wait_idle()
+    assert complete(server, max_tokens=3).status_code == 200
+
+
 def test_metrics_count_what_happened():
     with serving(FakeEngine()) as server:
         complete(server, max_tokens=10)

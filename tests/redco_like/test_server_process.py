@@ -10,12 +10,13 @@ import sys
 import time
 
 import httpx
+import jax
 import pytest
 from fake_engine import expected
 from serving import tiny_folder
 
 from redco_like.cli import main
-from redco_like.cli.serve import Room, room_of
+from redco_like.cli.serve import Room, Settings, enough_memory, room_of
 from redco_like.cli.terminal import UsageError
 from redco_like.server.process import is_loopback
 from search import Plan
@@ -149,6 +150,8 @@ def test_a_missing_extra_is_named(capsys, folder, monkeypatch):
         (("--port", 70000), "0 to 65535"),
         (("--rows", 0), "--rows 0"),
         (("--max-n", 0), "n=0"),
+        (("--length", 257, "--port", 0), "nearest: 256"),
+        (("--mesh", "tensor=3", "--port", 0, "--rows", 3), "tensor=3"),
         (("--grace", -1), "--grace"),
     ],
 )
@@ -161,6 +164,13 @@ def test_numbers_out_of_range(capsys, folder, arguments, said):
 )
 def test_loopback_addresses(host, inside):
     assert is_loopback(host) is inside
+
+
+@pytest.mark.parametrize("error", [MemoryError("35 GiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 35 GiB")])
+def test_devices_without_room_are_no_traceback(error):
+    with pytest.raises(UsageError, match=r"no room .* 7 rows of 99 tokens.*35 GiB.*plan --task serve"):  # noqa: SIM117
+        with enough_memory(Settings("auto", 7, 99, 16)):
+            raise error
 
 
 # Plans.
