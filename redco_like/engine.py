@@ -208,6 +208,15 @@ class Engine:
             _shapes(min(chunk_tokens, length), rows // shards),
             steps_per_dispatch,
         )
+        if (
+            on_mesh.size == 1
+            and on_mesh.devices.flat[0].platform == "cpu"
+            and not (plans.decode.rules or plans.prefill.rules)
+        ):
+            from redco_like.models.model import unrolled
+
+            model, params = unrolled(model, params)
+            functions = _functions(model, length)
         abstract_params = cast_floats(abstract(params), model.dtype)
         self.programs = _programs(functions, abstract_params, plans, on_mesh, sizes)
         self.params = _put(params, model.dtype, self.programs.param_shardings)

@@ -325,9 +325,11 @@ class GenerationPrograms:
                 i, cache, seen, rows, result = carry
                 position_B = jnp.where(rows.alive_B, rows.position_B, self.sizes.length)
                 logits, added = step(params, {"tokens": rows.token_B[:, None], "position": position_B}, cache)
-                cache = self._rows.append(cache, added, own_SP, position_B.reshape(own_SP.shape))
                 at_B = rows.position_B + 1
                 token_B, logprob_B, finite_B = sample(self._by_rows(logits[:, 0]), seen, at_B, settings)
+                # A token is never below 0. Only what is written after all has been read needs no copy to read from.
+                start_B = position_B + (token_B < 0)
+                cache = self._rows.append(cache, added, own_SP, start_B.reshape(own_SP.shape))
                 tail_BS = jnp.concatenate([rows.tail_BS[:, 1:], token_B[:, None]], axis=1)
                 code_B = jnp.where(rows.alive_B, _code(finite_B, tail_BS, at_B, settings), result.code)
                 wrote_B = rows.alive_B & finite_B

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from redco_like.models.attention import Cache, empty_cache, store_rows
 from redco_like.models.config import ModelConfig
-from redco_like.models.decoder import Decoder
+from redco_like.models.decoder import Decoder, unroll
 from redco_like.models.encoder import Bert, Vit
 from redco_like.models.encoder_decoder import EncoderDecoder, Memory, empty_memory
 from redco_like.models.layers import cross_entropy
@@ -229,6 +229,12 @@ class Model:
         if not source.shape[1]:
             raise ValueError(f"{self.config.family}: a source of shape {source.shape} is empty; nearest: 1 token")
         self.check_length(source.shape[1])
+
+
+def unrolled(model: Model, params: Any) -> tuple[Model, Any]:
+    """A decoder whose layers are not in a loop, and its parameters: for CPUs, where a loop copies what it reads."""
+    module = Decoder(model.config, jnp.dtype(model.dtype), unrolled=True)
+    return dataclasses.replace(model, module=module), unroll(params)
 
 
 def build_model(config: ModelConfig, *, dtype: str = "bfloat16") -> Model:
