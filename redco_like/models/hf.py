@@ -318,8 +318,12 @@ def _deepseek(k: Keys) -> dict[str, Any]:
     return _llama(k, kv_heads=0, head_dim=0, experts=experts, latent=latent, rope_interleaved=True)
 
 
-def _t5(k: Keys) -> dict[str, Any]:
-    form = k.get("feed_forward_proj", "relu")
+def _mt5(k: Keys) -> dict[str, Any]:
+    return {**_t5(k, "gated-gelu"), "tied": False}
+
+
+def _t5(k: Keys, form: str = "relu") -> dict[str, Any]:
+    form = k.get("feed_forward_proj", form)
     gated = form.startswith("gated-")
     activation = "gelu_new" if form == "gated-gelu" else form.removeprefix("gated-")
     if activation not in ACTIVATIONS:
@@ -407,7 +411,7 @@ _READERS: dict[str, Callable[[Keys], dict[str, Any]]] = {
     "mistral": _mistral,
     "mixtral": _mixtral,
     "mpt": _mpt,
-    "mt5": _t5,
+    "mt5": _mt5,
     "opt": _opt,
     "phi": _phi,
     "phi3": _phi3,

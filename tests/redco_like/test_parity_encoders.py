@@ -55,6 +55,7 @@ def models():
                 t.T5Config(vocab_size=VOCAB, feed_forward_proj="gated-gelu", tie_word_embeddings=False, **_T5)
             )
         ),
+        "mt5": lambda: untied(t.MT5ForConditionalGeneration(t.MT5Config(vocab_size=VOCAB, **_T5))),
         "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(vocab_size=VOCAB, **_BART)),
         "mbart": lambda: t.MBartForConditionalGeneration(
             t.MBartConfig(vocab_size=VOCAB, scale_embedding=True, decoder_start_token_id=5, **_BART)
@@ -63,13 +64,13 @@ def models():
 
 
 def untied(model):
-    """Version 1.1 has a head of its own, as published; transformers 5 makes it the table."""
+    """Version 1.1 and mT5 have a head of their own, as published; transformers 5 makes it the table."""
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     model.all_tied_weights_keys.pop("lm_head.weight")
     return model
 
 
-NAMES = ("bert", "vit", "t5", "t5-v1.1", "bart", "mbart")
+NAMES = ("bert", "vit", "t5", "t5-v1.1", "mt5", "bart", "mbart")
 
 
 def size_of(name, path):
