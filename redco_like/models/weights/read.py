@@ -126,9 +126,21 @@ def _merged(tensor: Tensor, jobs: Sequence[_Job]) -> list[_Block]:
             blocks[-1] = _Block(tensor, rows, columns, (*last.jobs, job))
         else:
             blocks.append(_Block(tensor, rows, columns, (job,)))
-    _, C, one = grid(tensor)
-    narrow = [(b.columns[1] - b.columns[0]) * one < _RUN_BYTES for b in blocks]
-    return [dataclasses.replace(b, columns=(0, C)) if n else b for b, n in zip(blocks, narrow, strict=True)]
+    return [_rounded(block) for block in blocks]
+
+
+def _rounded(block: _Block) -> _Block:
+    """The block with whole heads of every view, and whole rows where little of them is wanted."""
+    row_unit, column_unit = _units(block)
+    _, C, one = grid(block.tensor)
+    columns = _outer(block.columns, column_unit)
+    if (columns[1] - columns[0]) * one < _RUN_BYTES:
+        columns = (0, C)
+    return dataclasses.replace(block, rows=_outer(block.rows, row_unit), columns=columns)
+
+
+def _outer(inner: Range, unit: int) -> Range:
+    return inner[0] // unit * unit, -(-inner[1] // unit) * unit
 
 
 def _fill(block: _Block) -> Iterable[int]:

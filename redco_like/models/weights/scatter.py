@@ -10,6 +10,7 @@ anywhere, also inside a head: such a range is up to three boxes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,8 @@ class Part:
         return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
 
 
-def split_dims(shape: Sequence[int], view: View) -> list[list[int]]:
+@functools.lru_cache(256)
+def split_dims(shape: tuple[int, ...], view: View) -> list[list[int]]:
     """Which of the view's split dimensions each of the tensor's consists of.
 
     Raises:
@@ -57,14 +59,14 @@ def split_dims(shape: Sequence[int], view: View) -> list[list[int]]:
             product *= view.split[i]
             i += 1
         if product != size:
-            raise ValueError(f"a tensor of shape {tuple(shape)} does not split into {view.split}")
+            raise ValueError(f"a tensor of shape {shape} does not split into {view.split}")
         groups.append(group)
     if i != len(view.split):
-        raise ValueError(f"a tensor of shape {tuple(shape)} does not split into {view.split}")
+        raise ValueError(f"a tensor of shape {shape} does not split into {view.split}")
     return groups
 
 
-def source_box(shape: Sequence[int], view: View, box: Box) -> Box:
+def source_box(shape: tuple[int, ...], view: View, box: Box) -> Box:
     """The part of a tensor that a box of its piece comes from, whole heads."""
     ranges = list(view.take)
     for group, (start, stop), sizes in zip(view.order, box, view.factors, strict=True):
@@ -80,12 +82,12 @@ def source_box(shape: Sequence[int], view: View, box: Box) -> Box:
     return tuple(made)
 
 
-def unit_of(shape: Sequence[int], view: View, dimension: int) -> int:
+def unit_of(shape: tuple[int, ...], view: View, dimension: int) -> int:
     """Steps in which a dimension of a tensor may be cut so that a part is a box of the view's split dimensions."""
     return math.prod(view.split[i] for i in split_dims(shape, view)[dimension][1:])
 
 
-def parts(shape: Sequence[int], view: View, chunk: np.ndarray, have: Box, box: Box) -> Iterator[Part]:
+def parts(shape: tuple[int, ...], view: View, chunk: np.ndarray, have: Box, box: Box) -> Iterator[Part]:
     """What a part of a tensor holds of a box of the piece that a view makes of the tensor.
 
     Args:
@@ -162,9 +164,9 @@ def copy(out: np.ndarray, source: np.ndarray) -> None:
         return
     if out.dtype != source.dtype:  # first as it lies, which is many times faster than across
         return copy(out, source.astype(out.dtype))
-    for first in range(0, out.shape[along_out], _TILE):
-        cut = tuple(slice(first, first + _TILE) if i == along_out else slice(None) for i in range(out.ndim))
-        np.copyto(out[cut], source[cut])
+    out, source = np.moveaxis(out, along_out, 0), np.moveaxis(source, along_out, 0)
+    for first in range(0, len(out), _TILE):
+        out[first : first + _TILE] = source[first : first + _TILE]
 
 
 def _fastest(x: np.ndarray) -> int:
