@@ -49,7 +49,7 @@ from pipelines.problem import cast_floats
 from redco_like.deployer import Deployer
 from redco_like.predictor import home_of
 from search import Plan
-from sharding_rules import CONTEXT, MeshShape, PlanError, abstract, make_mesh
+from sharding_rules import CONTEXT, MeshShape, PlanError, abstract, make_mesh, path_str
 
 if TYPE_CHECKING:
     from redco_like.models.model import Model
@@ -181,6 +181,7 @@ class Engine:
         model.check_length(length)
         self.model, self.length, self.eos = model, length, tuple(int(t) for t in eos)
         self._vocab = model.config.vocab
+        self._apart: Callable[[Any], Any] | None = None
         self._steps = steps_per_dispatch
         functions = _functions(model, length)
         plans, on_mesh = _plan(
@@ -213,16 +214,14 @@ class Engine:
             and on_mesh.devices.flat[0].platform == "cpu"
             and not (plans.decode.rules or plans.prefill.rules)
         ):
+            from redco_like.models.decoder import unroll
             from redco_like.models.model import unrolled
 
-            model, params = unrolled(model, params)
-            functions = _functions(model, length)
-        abstract_params = cast_floats(abstract(params), model.dtype)
-        self.programs = _programs(functions, abstract_params, plans, on_mesh, sizes)
-        self.params = _put(params, model.dtype, self.programs.param_shardings)
-        self._read_params = (
-            _put(params, model.dtype, self.programs.read_param_shardings) if self.programs.params_twice else self.params
-        )
+            functions = _functions(unrolled(model), length)
+            self._apart = unroll
+        params = self._laid_out(params)
+        self.programs = _programs(functions, abstract(params), plans, on_mesh, sizes)
+        self._place(params)
         self._cache, self._seen = self.programs.new_cache()
         self._scheduler = Scheduler(rows=rows, length=length, shapes=sizes.shapes, shards=shards)
         self._lock = threading.Lock()
@@ -291,6 +290,33 @@ class Engine:
         )
 
     # What one thread calls.
+
+    def set_params(self, params: Any) -> None:
+        """Take other parameters of the same shapes, as a trainer's after a step; what the cache holds is forgotten.
+
+        Raises:
+            ValueError: requests are running, or the parameters have other shapes.
+        """
+        if not self.idle:
+            raise ValueError("parameters are exchanged while requests run; wait until engine.idle, or cancel them")
+        params = self._laid_out(params)
+        if (given := _forms(params)) != (wanted := _forms(self.programs.abstract_params)):
+            raise ValueError(f"the parameters have other shapes than those of this engine: {given} against {wanted}")
+        self._place(params)
+        for row in self._scheduler.rows:
+            row.held = []
+
+    def _laid_out(self, params: Any) -> Any:
+        """Parameters in the model's dtype, and as the programs take them apart."""
+        params = cast_floats(params, self.model.dtype)
+        return params if self._apart is None else self._apart(params)
+
+    def _place(self, params: Any) -> None:
+        programs = self.programs
+        self.params = jax.device_put(params, programs.param_shardings)
+        self._read_params = (
+            jax.device_put(params, programs.read_param_shardings) if programs.params_twice else self.params
+        )
 
     def warm_up(self, progress: Callable[[str], None] | None = logger.info) -> list[Compilation]:
         """Compile every program that the engine can need; return those that were not compiled before.
@@ -584,8 +610,8 @@ def _programs(
     return build(Plans(plans.decode, plans.decode)) if planned and programs.params_twice else programs
 
 
-def _put(params: Any, dtype: str, shardings: Any) -> Any:
-    return jax.device_put(cast_floats(params, dtype), shardings)
+def _forms(params: Any) -> list[Any]:
+    return [(path_str(path), x.shape, str(x.dtype)) for path, x in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def _joined(events: list[Event]) -> Completion:

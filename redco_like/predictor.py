@@ -2,13 +2,14 @@
 
 predictor = Predictor(deployer, collate_fn, pred_fn, params=trainer.params)
 outputs = predictor.predict(test_examples, per_device_batch=8)        # one output per example
+completions = predictor.generate(prompts, model, SamplingParams(max_tokens=64))
 """
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -22,6 +23,11 @@ from redco_like.data import Piece, collate, from_whole, process_rows, sequential
 from redco_like.deployer import Deployer
 from search import Plan
 from sharding_rules import AXES, MeshShape, make_mesh
+
+if TYPE_CHECKING:
+    from pipelines.generation import SamplingParams
+    from redco_like.engine import Completion
+    from redco_like.models.model import Model
 
 
 class Predictor:
@@ -65,6 +71,7 @@ class Predictor:
         self._rng = deployer.rng(name)
         self._plans: dict[Any, tuple[Plan, Mesh]] = {}
         self._programs: dict[Any, PredictProgram] = {}
+        self._engines: dict[Any, Any] = {}
 
     def predict(self, examples: Sequence[Any], *, per_device_batch: int = 8) -> list[Any]:
         """Return one output per example, in the order of the examples.
@@ -113,6 +120,48 @@ class Predictor:
         for count, output in in_flight:
             self._collect(count, output, outputs)
         return outputs
+
+    def generate(
+        self,
+        examples: Sequence[Any],
+        model: Model,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_fn: Callable[[Any], Sequence[int]] | None = None,
+        rows: int = 16,
+        length: int | None = None,
+        eos: Sequence[int] = (),
+    ) -> list[list[Completion]]:
+        """Continue one prompt per example, in the order of the examples, by an `Engine` on this predictor's devices.
+
+        The engine is kept: a later call compiles nothing, and follows parameters that were given as a function. An
+        encoder-decoder reads the example as its source, and writes greedily (`redco_like.models.greedy`).
+
+        Args:
+            examples: prompts, or what `prompt_fn` makes one of.
+            model: whose parameters this predictor has.
+            sampling: how to continue; for all of them, or one each.
+            prompt_fn: example -> token ids; default the example itself.
+            rows: sequences at a time (all shards together).
+            length: tokens of prompt and continuation; default as long as these need, rounded up to a power of two.
+            eos: tokens that end a continuation.
+
+        Returns:
+            For each example its continuations, `n` of its sampling parameters.
+
+        Raises:
+            ValueError: as `Engine.submit`; an encoder-decoder and anything but greedy.
+        """
+        from redco_like.generation import continue_prompts
+
+        params = self._live(self.params, "params")
+        prompts = [
+            tuple(int(t) for t in (example if prompt_fn is None else prompt_fn(example))) for example in examples
+        ]
+        where = {"deployer": self._deployer, "plan": self._plan, "mesh": self._mesh_wanted}
+        return continue_prompts(
+            self._engines, model, params, prompts, sampling, where=where, rows=rows, length=length, eos=tuple(eos)
+        )
 
     def _collect(self, count: int, output: Any, outputs: list[Any]) -> None:
         made = self._output_fn(jax.tree.map(lambda x: x[:count], jax.device_get(output)))

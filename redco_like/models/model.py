@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from redco_like.models.attention import Cache, empty_cache, store_rows
 from redco_like.models.config import ModelConfig
-from redco_like.models.decoder import Decoder, unroll
+from redco_like.models.decoder import Decoder
 from redco_like.models.encoder import Bert, Vit
 from redco_like.models.encoder_decoder import EncoderDecoder, Memory, empty_memory
 from redco_like.models.layers import cross_entropy
@@ -231,10 +231,9 @@ class Model:
         self.check_length(source.shape[1])
 
 
-def unrolled(model: Model, params: Any) -> tuple[Model, Any]:
-    """A decoder whose layers are not in a loop, and its parameters: for CPUs, where a loop copies what it reads."""
-    module = Decoder(model.config, jnp.dtype(model.dtype), unrolled=True)
-    return dataclasses.replace(model, module=module), unroll(params)
+def unrolled(model: Model) -> Model:
+    """A decoder whose layers are not in a loop, for CPUs, where a loop copies what it reads; see `unroll`."""
+    return dataclasses.replace(model, module=Decoder(model.config, jnp.dtype(model.dtype), unrolled=True))
 
 
 def build_model(config: ModelConfig, *, dtype: str = "bfloat16") -> Model:

@@ -12,7 +12,7 @@ from tiny_architectures import make_params, tiny
 
 from pipelines.generation import sample
 from pipelines.generation.sampling import settings_of
-from redco_like import Engine, MeshShape, Plan, SamplingParams
+from redco_like import Deployer, Engine, MeshShape, Plan, Predictor, SamplingParams
 from redco_like.models import build_model
 
 LENGTH = 48
@@ -286,3 +286,58 @@ def test_the_planner_lays_an_engine_out():
     prompts, p = [(1, 2, 3), (7, 8)], SamplingParams(max_tokens=4)
     got = engine.generate(prompts, p)
     assert [c[0].tokens for c in got] == [solo("llama-3-8b", prompt, p, eos=())[0] for prompt in prompts]
+
+
+def test_other_parameters_are_taken_and_nothing_is_remembered():
+    model, params = made("llama-3-8b")
+    engine = Engine(model, params, plan=ONE, rows=2, length=48, chunk_tokens=8, steps_per_dispatch=3)
+    prompt, p = tuple(range(30)), SamplingParams(max_tokens=4)
+    before = engine.generate([prompt], p)
+    engine.set_params(jax.tree.map(lambda x: x[..., ::-1], params))
+    changed = engine.generate([prompt], p)
+    engine.set_params(params)
+    assert engine.generate([prompt], p) == before != changed
+    assert engine.stats().shared_tokens == 0
+    with pytest.raises(ValueError, match="other shapes"):
+        engine.set_params(made("llama-3-8b")[1] | {"embed": np.zeros((4, 32), np.float32)})
+    engine.submit(prompt, p)
+    with pytest.raises(ValueError, match="while requests run"):
+        engine.set_params(params)
+
+
+def test_a_predictor_continues_prompts_in_order():
+    model, params = made("llama-3-8b")
+    holder = [params]
+    predictor = Predictor(
+        Deployer(compile_cache=False),
+        lambda examples: {"x": np.zeros(len(examples))},
+        lambda params, batch: batch["x"],
+        params=lambda: holder[0],
+        plan=SPREAD,
+    )
+    examples = [{"ids": (i, i + 1, 7)} for i in range(11)]
+    p = SamplingParams(max_tokens=5)
+    got = predictor.generate(examples, model, p, prompt_fn=lambda e: e["ids"], rows=8, length=LENGTH, eos=(5,))
+    check("llama-3-8b", got, [e["ids"] for e in examples], [p] * 11)
+    holder[0] = jax.tree.map(lambda x: x[..., ::-1], params)
+    other = predictor.generate(examples, model, p, prompt_fn=lambda e: e["ids"], rows=8, length=LENGTH, eos=(5,))
+    assert other != got
+    with pytest.raises(ValueError, match="11 examples and 2 sampling parameters"):
+        predictor.generate(examples, model, [p, p], prompt_fn=lambda e: e["ids"])
+
+
+def test_a_predictor_translates_with_an_encoder_decoder():
+    model = build_model(tiny("t5-v1.1-base"), dtype="float32")
+    params = make_params(model.init_fn)
+    predictor = Predictor(
+        Deployer(compile_cache=False), lambda x: {"x": np.zeros(len(x))}, lambda batch: batch["x"], params=params
+    )
+    sources = [(3, 4, 5), (9, 2, 8), (8, 7, 6, 5, 4, 3)]
+    step = jax.jit(lambda p, t, s: model.module.apply({"params": p}, t, source=s), compiler_options=QUICK_COMPILE)
+    got = predictor.generate(sources, model, SamplingParams(max_tokens=6), rows=2)
+    for source, [completion] in zip(sources, got, strict=True):
+        read = jnp.asarray([[model.config.start_token, *completion.tokens[:-1]]])
+        logits, _ = step(params, read, jnp.asarray([source]))
+        assert completion.tokens == tuple(np.asarray(logits[0].argmax(-1)).tolist())
+    with pytest.raises(ValueError, match="is continued greedily"):
+        predictor.generate(sources, model, SamplingParams(temperature=1.0))
