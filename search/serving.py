@@ -1,6 +1,6 @@
 """How many users a cluster serves: concurrency, memory, time to first token and per token (analytic).
 
-    phases = Phases(decode=..., prefill=...)                   # rows (, tokens) -> what a step costs on every mesh
+    phases = Phases(decode=..., prefill=...)                   # what a step costs, by mesh
     found = size(Load(users=64, context_tokens=4096, output_tokens=256, ttft_seconds=0.5), phases, ...)
     found.asked, found.most_meeting, found.most_fitting        # each a Served, or None
 
@@ -122,11 +122,12 @@ class Phases:
     """The two kinds of steps, each on every mesh that can run it.
 
     Attributes:
-        decode: rows -> steps of one more token for each, their caches full.
-        prefill: (rows, tokens) -> steps that read the first tokens of as many prompts.
+        decode: (replicas, rows) -> steps of one more token for each row, their caches full, on meshes with so many
+            replicas.
+        prefill: (replicas, tokens) -> steps that read the first tokens of a prompt on each replica.
     """
 
-    decode: Callable[[int], Steps]
+    decode: Callable[[int, int], Steps]
     prefill: Callable[[int, int], Steps]
 
 
@@ -274,7 +275,8 @@ def serve(load: Load, phases: Phases, *, devices: int, budget_bytes: float) -> S
 def about_fitting(phases: Phases, *, devices: int, budget_bytes: float) -> int:
     """About how many users fit, by one look at as many as there are devices: see `about`."""
     rows = devices
-    return max((about(step, rows, budget_bytes) for step in phases.decode(rows).values()), default=0)
+    steps = (step for shards in divisors(devices) for step in phases.decode(shards, rows).values())
+    return max((about(step, rows, budget_bytes) for step in steps), default=0)
 
 
 def about(step: Step, rows: int, budget_bytes: float) -> int:
@@ -295,8 +297,7 @@ class _Search:
         """Replicas, rows, and steps of decoding on every mesh with so many replicas."""
         for shards in self.shards:
             rows = -(-users // shards) * shards
-            steps = self.phases.decode(rows)
-            yield shards, rows, {mesh: step for mesh, step in steps.items() if mesh.batch_shards == shards}
+            yield shards, rows, self.phases.decode(shards, rows)
 
     def least_bytes(self, users: int) -> float:
         """Per device, on the mesh that needs least, with the smallest chunk."""
@@ -415,18 +416,27 @@ def _most(start: int, share: Callable[[int], float]) -> int:
     return low
 
 
-def steps_of(space: Space) -> dict[MeshShape, Step]:
-    """What a step costs on every mesh of a space, each with its fastest preset and order of axes."""
+def steps_of(space: Space, replicas: int, *, within_bytes: float = math.inf) -> dict[MeshShape, Step]:
+    """What a step costs on every mesh of a space with so many replicas, with its fastest preset and order of axes.
+
+    Args:
+        within_bytes: meshes that need more per device are not costed: their seconds are inf.
+    """
     model, best = space.model, {}
     for inner in space.inner_meshes():
+        if inner.mesh().batch_shards != replicas:
+            continue
         place = model.place(inner)
         if isinstance(place, str):
             continue
         columns = space.columns(place)
         if not len(columns):
             continue
-        seconds = model.costs.seconds(place, columns, exact=True).total
         memory = memory_parts(model, place, columns)
+        needed = sum(memory.values(), start=np.zeros(len(columns)))
+        seconds = np.full(len(columns), math.inf)
+        if (held := np.flatnonzero(needed <= within_bytes)).size:
+            seconds[held] = model.costs.seconds(place, columns.take(held), exact=True).total
         for fsdp in np.unique(columns.fsdp):
             rows = np.flatnonzero(columns.fsdp == fsdp)
             i = int(rows[np.argmin(seconds[rows])])

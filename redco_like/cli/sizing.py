@@ -21,11 +21,12 @@ from redco_like.cli.terminal import Terminal, UsageError, bad_input, write_text
 if TYPE_CHECKING:
     from redco_like.cli.plan import Plan
     from redco_like.models import ModelConfig
-    from search import Cluster
+    from search import Cluster, Space
     from search.serving import Load, Phases, Served, Sizing
 
 SIZING_VERSION = 1
 OUTPUT_TOKENS = 256
+WORK = {"prefill": "{rows} prompts", "decode": "a token for {rows} rows"}
 NARROW = "float8_e4m3fn"
 """Of a cache with a byte per number."""
 
@@ -71,9 +72,7 @@ def limits(text: str | None) -> tuple[float, float]:
         UsageError: an unknown name, a name twice, no time.
     """
     found: dict[str, float] = {}
-    for part in (text or "").split(","):
-        if not part.strip() and not found and text is None:
-            break
+    for part in [] if text is None else text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", value)
         if name not in ("ttft", "tpot") or not match or not float(match[1]):
@@ -112,15 +111,23 @@ class Machine:
         """Steps on a cluster, their caches `context` long."""
         from search.serving import Phases
 
-        def steps(task: str, rows: int, length: int, dtype: str | None) -> Any:
+        budget = self.budget(cluster)
+
+        def steps(task: str, replicas: int, rows: int, length: int, dtype: str | None, within_bytes: float) -> Any:
+            from search.serving import steps_of
+
             key = (cluster.name, task, rows, length, dtype)
-            if key not in self._known:
-                self._known[key] = self._steps(cluster, task, rows, length, dtype)
-            return self._known[key]
+            if (key, replicas) not in self._known:
+                if key not in self._known:
+                    self._known[key] = self._space(cluster, task, rows, length, dtype)
+                self.tell(f"{cluster.name}: {WORK[task].format(rows=rows)}, {replicas} replicas")
+                self._known[key, replicas] = steps_of(self._known[key], replicas, within_bytes=within_bytes)
+            return self._known[key, replicas]
 
         return Phases(
-            decode=lambda rows: steps("decode", rows, context, cache_dtype),
-            prefill=lambda rows, tokens: steps("prefill", rows, tokens, None),  # the cache that is sized is no part
+            decode=lambda replicas, rows: steps("decode", replicas, rows, context, cache_dtype, budget),
+            # The cache that is sized is no part of it.
+            prefill=lambda replicas, tokens: steps("prefill", replicas, replicas, tokens, None, math.inf),
         )
 
     def budget(self, cluster: Cluster) -> float:
@@ -147,14 +154,11 @@ class Machine:
 
         return trace(step, self.params, batch, cache, names=("params", "batch", "state"))
 
-    def _steps(self, cluster: Cluster, task: str, rows: int, length: int, cache_dtype: str | None) -> Any:
+    def _space(self, cluster: Cluster, task: str, rows: int, length: int, cache_dtype: str | None) -> Space:
         from redco_like.cli import planning
         from search import Space, TracedModel
         from search.attention import axes_without_kernel, runs_as_kernel
-        from search.serving import steps_of
 
-        doing = "prompts" if task == "prefill" else "rows, one token each"
-        self.tell(f"{cluster.name}: {rows} {doing}")
         traced, search = self._trace(task, rows, length, cache_dtype), self.options.search
         wanted = self.options.problem.attention
         fused = wanted == "fused" or (wanted is None and (task == "decode" or runs_as_kernel(traced)))
@@ -170,7 +174,7 @@ class Machine:
         chosen = planning.constraints(search)
         whole = axes_without_kernel(cluster.accelerator.kind, model.plan_fields["attention"])
         with bad_input():
-            space = Space(
+            return Space(
                 model,
                 cluster,
                 fix={name: value for name, value in chosen.fix.items() if name not in whole},
@@ -178,7 +182,6 @@ class Machine:
                 max_microbatch=search.max_microbatch,
                 memory_share=search.memory_share or 0.0,
             )
-        return steps_of(space)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +203,7 @@ def run(options: Plan, terminal: Terminal) -> int:
         ("report", output.report),
         ("verify", output.verify),
         ("allow-planned", options.search.allow_planned),
+        ("time-limit", options.search.time_limit),
     ):
         if given:
             raise UsageError(f"--task serve takes no --{name}")
@@ -215,7 +219,7 @@ def run(options: Plan, terminal: Terminal) -> int:
             machine.cache_bytes(load.context_tokens)  # decoders have one
         phases, budget = machine.phases(cluster, load.context_tokens), machine.budget(cluster)
         sizing = size(load, phases, devices=cluster.devices, budget_bytes=budget)
-        if not phases.decode(cluster.devices) and not sizing.most_fitting:
+        if sizing.least_bytes == math.inf:
             raise UsageError(f"no mesh of {cluster.devices} devices suits {name} and the constraints")
         changes = _changes(load, machine, cluster, sizing) if not _holds(sizing.asked, load) else []
     record = _record(load, machine, cluster, sizing, changes, problem.record())
@@ -373,7 +377,7 @@ def _show(
     if changes:
         terminal.print(change_table(load, changes), "")
     if columns:
-        terminal.print(pairs(_alone(columns[0][1], load, phases, machine.budget(cluster))), "")
+        terminal.print(pairs(_alone(columns[0][1], load, phases, cluster.devices, machine.budget(cluster))), "")
     terminal.print(
         "[dim]analytic: one copy of the parameters; after each step of decoding, on each replica, one chunk of a prompt"
         " if one waits; caches counted full; users send the next prompt when they have their answer[/]"
@@ -480,7 +484,7 @@ def _verdict(load: Load, machine: Machine, cluster: Cluster, sizing: Sizing) -> 
     return f"{text}; the limits hold up to about {sizing.most_meeting.users:,}."
 
 
-def _alone(served: Served, load: Load, phases: Phases, budget_bytes: float) -> list[tuple[str, str]]:
+def _alone(served: Served, load: Load, phases: Phases, devices: int, budget_bytes: float) -> list[tuple[str, str]]:
     """What either kind of step would rather run on, if it had the cluster for itself."""
 
     def mesh(found: Any) -> str:
@@ -492,13 +496,21 @@ def _alone(served: Served, load: Load, phases: Phases, budget_bytes: float) -> l
     out = []
     for name, steps, what in (
         ("prompts alone", phases.prefill(1, load.prompt_tokens), "for one prompt at a time"),
-        ("decoding alone", phases.decode(served.rows), f"per token of {served.rows:,} rows"),
+        ("decoding alone", _everywhere(phases, served.rows, devices), f"per token of {served.rows:,} rows"),
     ):
         fits = {m: step for m, step in steps.items() if held(step) <= budget_bytes}
         if fits:
             best = min(fits, key=lambda m: fits[m].seconds)
             out.append((name, f"best on {mesh(best)}: {units.seconds(fits[best].seconds)} {what}"))
     return out
+
+
+def _everywhere(phases: Phases, rows: int, devices: int) -> dict[Any, Any]:
+    """Steps of decoding on every mesh that shares out so many rows."""
+    from search.space import divisors
+
+    shared = (replicas for replicas in divisors(devices) if rows % replicas == 0)
+    return {mesh: step for replicas in shared for mesh, step in phases.decode(replicas, rows).items()}
 
 
 def _record(

@@ -22,28 +22,25 @@ GIB = 2**30
 def synthetic(devices=8, *, params=16 * GIB, per_user=GIB / 2, bandwidth=1e12, flops=1e14):
     """A model whose weights are split over tensor, by hand: decoding reads weights and caches, prompts are products."""
 
-    def meshes(rows):
-        for data in (d for d in (1, 2, 4, 8, 16, 32) if devices % d == 0 and rows % d == 0):
-            yield MeshShape(data=data, tensor=devices // data)
+    def meshes(replicas):
+        return [MeshShape(data=replicas, tensor=devices // replicas)]
 
     def plan():
         return Plan(MeshShape())
 
-    def decode(rows):
+    def decode(replicas, rows):
         out = {}
-        for mesh in meshes(rows):
+        for mesh in meshes(replicas):
             held, cache = params / mesh.tensor, rows * per_user / devices
             seconds = (held + cache) / bandwidth + 1e-4 * math.log2(2 * mesh.tensor)
             out[mesh] = Step(seconds, held, cache, cache / 8, plan)
         return out
 
-    def prefill(rows, tokens):
+    def prefill(replicas, tokens):
         out = {}
-        for mesh in meshes(rows):
-            products = rows / mesh.data * tokens * params / mesh.tensor / flops
-            out[mesh] = Step(
-                max(products, params / mesh.tensor / bandwidth), params / mesh.tensor, 0, tokens * 1e3, plan
-            )
+        for mesh in meshes(replicas):
+            seconds = max(tokens * params / mesh.tensor / flops, params / mesh.tensor / bandwidth)
+            out[mesh] = Step(seconds, params / mesh.tensor, 0, tokens * 1e3, plan)
         return out
 
     return Phases(decode, prefill)
