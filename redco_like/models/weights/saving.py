@@ -179,27 +179,31 @@ def _assembled(tensor: _Out, leaves: dict[str, Any]) -> np.ndarray:
     """A tensor in host memory."""
     out = np.empty(tensor.shape, tensor.dtype)
     for piece in tensor.pieces:
-        values = _fetched(leaves[piece.leaf], piece.at)
-        factors = [size for sizes in piece.view.factors for size in sizes]
-        copy(piece.view.of(out), values.reshape(factors))
+        leaf, target = leaves[piece.leaf], piece.view.of(out)
+        if target.shape == piece.view.shape:
+            _fetch(leaf, piece.at, target)
+        else:  # heads and their dimensions, which shards may cut apart
+            values = np.empty(piece.view.shape, np.dtype(leaf.dtype))
+            _fetch(leaf, piece.at, values)
+            copy(target, values.reshape(target.shape))
     return out
 
 
-def _fetched(leaf: Any, at: tuple[int, ...]) -> np.ndarray:
-    """A parameter, or its place in leading dimensions, on the host; a shard at a time, none of which stays there."""
+def _fetch(leaf: Any, at: tuple[int, ...], out: np.ndarray) -> None:
+    """Write a parameter, or its place in leading dimensions, to `out`; a shard at a time, none of which stays here."""
     if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf)[at]
-    if leaf.is_fully_replicated:
-        return _on_host(leaf.addressable_shards[0].data, at)
-    if not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(_one(leaf, np.asarray(at, np.int32)), tiled=True))
-    out = np.empty(leaf.shape[len(at) :], leaf.dtype)
-    for shard in leaf.addressable_shards:
-        box = [cut.indices(n)[:2] for cut, n in zip(shard.index, leaf.shape, strict=True)]
-        if shard.replica_id == 0 and all(a <= i < b for i, (a, b) in zip(at, box, strict=False)):
-            within = tuple(i - a for i, (a, _) in zip(at, box, strict=False))
-            out[tuple(slice(a, b) for a, b in box[len(at) :])] = _on_host(shard.data, within)
-    return out
+        copy(out, np.asarray(leaf)[at])
+    elif leaf.is_fully_replicated:
+        copy(out, _on_host(leaf.addressable_shards[0].data, at))
+    elif not leaf.is_fully_addressable:
+        whole = multihost_utils.process_allgather(_one(leaf, np.asarray(at, np.int32)), tiled=True)
+        copy(out, np.asarray(whole))
+    else:
+        for shard in leaf.addressable_shards:
+            box = [cut.indices(n)[:2] for cut, n in zip(shard.index, leaf.shape, strict=True)]
+            if shard.replica_id == 0 and all(a <= i < b for i, (a, b) in zip(at, box, strict=False)):
+                within = tuple(i - a for i, (a, _) in zip(at, box, strict=False))
+                copy(out[tuple(slice(a, b) for a, b in box[len(at) :])], _on_host(shard.data, within))
 
 
 def _on_host(x: jax.Array, at: tuple[int, ...]) -> np.ndarray:
