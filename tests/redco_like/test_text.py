@@ -285,3 +285,31 @@ def test_templates_render_as_in_transformers(tmp_path):
                 conversations=[MESSAGES], chat_template=source, add_generation_prompt=prompt
             )
             assert ChatTemplate(source).render(MESSAGES, add_generation_prompt=prompt) == theirs[0]
+
+
+@pytest.mark.reference
+def test_a_folder_reads_as_in_transformers(tmp_path):
+    from transformers import AutoTokenizer
+
+    tools = [{"type": "function", "function": {"name": "f", "description": "é < 1", "parameters": {}}}]
+    source = CHATML + "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ eos_token }}"
+    record = {
+        "eos_token": "</s>",
+        "bos_token": "<s>",
+        "chat_template": source,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    folder = folder_with(tmp_path, tokenizer_config=record, config={"model_type": "llama"})
+    text, theirs = Text.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    assert text.eos == (theirs.eos_token_id,)
+    for written in CORPUS[:5]:
+        assert text.encode(written) == theirs(written)["input_ids"]
+        assert text.encode(written, special=False) == theirs(written, add_special_tokens=False)["input_ids"]
+        assert text.decode(text.encode(written)) == theirs.decode(
+            theirs(written)["input_ids"], skip_special_tokens=True
+        )
+    for options in ({}, {"tools": tools}, {"add_generation_prompt": False}):
+        wanted = theirs.apply_chat_template(MESSAGES, **{"add_generation_prompt": True, **options}, tokenize=False)
+        assert text.chat(MESSAGES, **options) == wanted
+        ids = theirs.apply_chat_template(MESSAGES, **{"add_generation_prompt": True, **options}, return_dict=True)
+        assert text.encode_chat(MESSAGES, **options) == list(ids["input_ids"])
