@@ -56,6 +56,14 @@ class Sequence:
         """The prompt and what follows so far."""
         return [*self.prompt, *self.written]
 
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.written)
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """`known[start:stop]`, without the rest."""
+        read = len(self.prompt)
+        return [*self.prompt[start:stop], *self.written[max(start - read, 0) : max(stop - read, 0)]]
+
 
 @dataclasses.dataclass
 class Row:
@@ -73,7 +81,7 @@ class Row:
     def missing(self) -> int:
         """How many known tokens are not in the cache."""
         s = self.sequence
-        return 0 if s is None else len(s.prompt) + len(s.written) - len(self.held)
+        return 0 if s is None else len(s) - len(self.held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +228,7 @@ class Scheduler:
         """Note that a piece was read."""
         for part in itertools.chain(*work.parts):
             row = self.rows[part.row]
-            row.held = row.held[: part.start] + list(part.tokens)
+            row.held[part.start :] = part.tokens
 
     def wrote(self, row: int, tokens: Seq[int], finish: Finish | None) -> Sequence:
         """Note the tokens that a row has got, all but the last of which are in the cache; free it if it is finished.
@@ -235,7 +243,7 @@ class Scheduler:
         if tokens:
             sequence.written.extend(tokens)
             if finish != "error":
-                place.held = sequence.known[:-1]
+                place.held += sequence.between(len(place.held), len(sequence) - 1)
         if finish is not None:
             self.free(row, spoiled=finish == "error")
         return sequence
@@ -267,11 +275,12 @@ class Scheduler:
 
     def _parts(self, rows: list[Row], shape: Shape) -> Iterator[Part]:
         for row in rows:
-            known = row.sequence.known if row.sequence is not None else []
+            if (sequence := row.sequence) is None:
+                continue
             # A piece ends within the row; tokens that were read already are read again.
             start = min(len(row.held), self.length - shape.tokens)
-            stop = min(len(known), start + shape.tokens)
-            yield Part(row.index, start, tuple(known[start:stop]), stop == len(known))
+            stop = min(len(sequence), start + shape.tokens)
+            yield Part(row.index, start, tuple(sequence.between(start, stop)), stop == len(sequence))
 
 
 def common_prefix(a: Seq[int], b: Seq[int]) -> int:
