@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_architectures import DECODERS, make_params, tiny
 
 from redco_like.models import WeightsError, build_model, from_hf, load, save
+from redco_like.models.weights import read
 from redco_like.models.weights.families import names_of
 from redco_like.models.weights.files import open_checkpoint, read_header
 from redco_like.models.weights.hf_config import to_hf
@@ -146,6 +147,42 @@ def test_what_is_saved_is_loaded_on_any_mesh(name, tmp_path):
     assert all((tmp_path / "again" / f).stat().st_size < 40_000 for f in files)
 
 
+@st.composite
+def configs(draw):
+    """A family with sizes of its own, as uneven as they may be."""
+    name = draw(st.sampled_from(NAMES))
+    config = tiny(name)
+    kv_heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    heads, head_dim = kv_heads * groups, 2 * draw(st.integers(2, 6))
+    if config.kv_heads == config.heads or config.latent:
+        kv_heads = heads
+    embed = heads * head_dim
+    changes = dict(heads=heads, kv_heads=kv_heads, layers=draw(st.integers(2, 3)), vocab=draw(st.integers(5, 70)))
+    changes |= dict(embed=embed, head_dim=head_dim, mlp=draw(st.integers(1, 3)) * embed)
+    if config.latent:
+        changes |= dict(head_dim=config.head_dim)
+    if config.rotary_dim:
+        changes |= dict(rotary_dim=2)
+    if config.family in ("llama", "qwen2", "mistral", "qwen3") and draw(st.booleans()):
+        changes |= dict(tied=not config.tied, mlp=draw(st.integers(1, 80)))
+    return tiny(name, **changes)
+
+
+@settings(max_examples=15)
+@given(
+    configs(),
+    st.sampled_from([MeshShape(), MeshShape(fsdp=2, tensor=4), MeshShape(data=4, expert=2)]),
+    st.integers(1, 30),
+)
+def test_random_sizes_go_out_and_come_back(tmp_path_factory, config, mesh, files):
+    folder = tmp_path_factory.mktemp("random") / "m"
+    params = params_of(config)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    save(folder, config, params, shard_bytes=max(1, size // files))
+    shardings = shard_something(config, make_mesh(mesh, jax.devices()[: mesh.size]))
+    assert_same(load(folder, shardings=shardings).params, params)
+
+
 def shard_something(config, mesh):
     """Shardings that cut dimensions here and there, experts and layers among them, as far as the sizes allow it."""
     axes = [axis for axis, size in mesh.shape.items() if size > 1]
@@ -230,13 +267,11 @@ def test_safetensors_reads_what_is_written_and_the_other_way_round(tmp_path):
     assert_same(load(tmp_path / "n").params, load(tmp_path / "m").params)
 
 
-def test_fused_experts_are_read(tmp_path):
-    config = tiny("qwen3-30b-a3b")
-    params = params_of(config)
-    save(tmp_path / "m", config, params)
+def fuse_experts(file, config):
+    """Write all experts of a layer as two tensors, as transformers has them in memory."""
     from safetensors.numpy import load_file, save_file
 
-    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors = load_file(file)
     for layer in range(config.layers):
         below = f"model.layers.{layer}.mlp.experts"
         taken = {
@@ -245,7 +280,14 @@ def test_fused_experts_are_read(tmp_path):
         }
         tensors[f"{below}.gate_up_proj"] = np.concatenate([taken["gate"], taken["up"]], axis=1)
         tensors[f"{below}.down_proj"] = taken["down"]
-    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    save_file(tensors, file)
+
+
+def test_fused_experts_are_read(tmp_path):
+    config = tiny("qwen3-30b-a3b")
+    params = params_of(config)
+    save(tmp_path / "m", config, params)
+    fuse_experts(tmp_path / "m" / "model.safetensors", config)
     assert_same(load(tmp_path / "m", plan="fsdp", mesh="fsdp=4,expert=2").params, params)
 
 
@@ -325,8 +367,6 @@ def test_only_the_shards_of_this_process_are_read(tmp_path):
     config = tiny("llama-3-8b", embed=128, mlp=256, vocab=512)
     save(tmp_path / "m", config, params_of(config))
     tensors, names = open_checkpoint(tmp_path / "m"), names_of(config)
-    from redco_like.models.weights.read import blocks_of
-
     shapes = abstract_params(config)
     mesh = make_mesh(MeshShape(fsdp=8))
 
@@ -352,7 +392,43 @@ def test_only_the_shards_of_this_process_are_read(tmp_path):
     kernels = {path for path in shapes if path.endswith("kernel") or path == "embed"}
     wanted = sum(leaf.local_bytes for path, leaf in leaves.items() if path in kernels)
     pieces = [piece for piece in names.pieces if piece.leaf in kernels]
-    assert sum(block.bytes for block in blocks_of(leaves, pieces, tensors)) == wanted
+    assert sum(block.bytes for block in read.blocks_of(leaves, pieces, tensors)) == wanted
+
+
+@pytest.mark.parametrize("name", ["gpt-neox-20b", "qwen3-30b-a3b", "deepseek-v3"])
+def test_small_chunks_of_some_columns_make_the_same_shards(name, tmp_path, monkeypatch):
+    """As a process with two of four devices reads matrices that are large against what it reads at a time."""
+    config = tiny(name)
+    params = dict(flat(params_of(config)))
+    save(tmp_path / "m", config, nested(params))
+    fused = name.startswith("qwen3")
+    if fused:
+        fuse_experts(tmp_path / "m" / "model.safetensors", config)
+    tensors = open_checkpoint(tmp_path / "m")
+    names = names_of(config, tensors.keys())
+    monkeypatch.setattr(read, "_RUN_BYTES", 1)
+    monkeypatch.setattr(read, "CHUNK_BYTES", 200)
+    mesh = make_mesh(MeshShape(tensor=4), jax.devices()[:4])
+    for dimension in (-1, -2):
+        leaves = {}
+        for path, x in params.items():
+            spec = [None] * x.ndim
+            if x.ndim >= 2 and x.shape[dimension] % 4 == 0:
+                spec[dimension] = "tensor"
+            placed = NamedSharding(mesh, P(*spec))
+            leaves[path] = Leaf(path, x.shape, x.dtype, placed, staged=False, transfers=Transfers())
+            leaves[path].shards = leaves[path].shards[-2:]
+        blocks = read.blocks_of(leaves, names.pieces, tensors)
+        assert any(
+            block.columns[1] - block.columns[0] < block.tensor.shape[1]
+            for block in blocks
+            if len(block.tensor.shape) > 1
+        )
+        read.read_into(leaves, names.pieces, tensors)
+        for path, leaf in leaves.items():
+            for shard in leaf.shards:
+                box = tuple(slice(*b) for b in shard.box)
+                np.testing.assert_array_equal(np.asarray(shard.arrays()[0]), params[path][box], err_msg=path)
 
 
 # Configurations.
