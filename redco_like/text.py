@@ -34,8 +34,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, special: bool) -> list[int]: ...
     def decode(self, tokens: Sequence[int], *, special: bool) -> str: ...
-    def is_byte(self, token: int) -> bool:
-        """Whether the token is one byte that makes text only with those beside it, all or none."""
+    def is_open(self, tokens: Sequence[int], *, special: bool) -> bool:
+        """Whether their text may change with the next token, though it ends with a character."""
         ...
 
     def id_of(self, token: str) -> int | None: ...
@@ -145,9 +145,9 @@ class Stream:
         if self.stopped or not tokens:
             return ""
         self._window += tokens
-        text = self._tokenizer.decode(self._window, special=self._special)
-        if self._tokenizer.is_byte(self._window[-1]):
+        if self._tokenizer.is_open(self._window, special=self._special):
             return ""
+        text = self._tokenizer.decode(self._window, special=self._special)
         whole = len(text) - text.endswith(BROKEN)
         fresh, self._sent = text[self._sent : whole], max(whole, self._sent)
         if whole == len(text) and len(self._window) > WINDOW:
@@ -203,6 +203,7 @@ class _Trained:
         self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self._bytes = {token for name in names if (token := self._tokenizer.token_to_id(name)) is not None}
+        self._hidden = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=special).ids
@@ -210,8 +211,12 @@ class _Trained:
     def decode(self, tokens: Sequence[int], *, special: bool) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
 
-    def is_byte(self, token: int) -> bool:
-        return token in self._bytes
+    def is_open(self, tokens: Sequence[int], *, special: bool) -> bool:
+        # A run of bytes is text all together or not at all; tokens that are not shown do not end it.
+        if not self._bytes:
+            return False
+        shown = (t for t in reversed(tokens) if t < self.size and (special or t not in self._hidden))
+        return next(shown, None) in self._bytes
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -228,7 +233,7 @@ class _Bytes:
     def decode(self, tokens: Sequence[int], *, special: bool) -> str:
         return bytes(token for token in tokens if token < 256).decode("utf-8", "replace")
 
-    def is_byte(self, token: int) -> bool:
+    def is_open(self, tokens: Sequence[int], *, special: bool) -> bool:
         return False
 
     def id_of(self, token: str) -> int | None:

@@ -89,6 +89,15 @@ def test_pieces_of_a_text_add_up_to_it_and_none_is_broken(texts, kind, data):
         assert not any(BROKEN in piece for piece in pieces)
 
 
+def test_a_token_that_is_not_shown_does_not_end_a_run_of_bytes(texts):
+    """Bytes are text together or not at all: found by the test below."""
+    text = texts["sentence_piece"]
+    a, b = (text._tokenizer.id_of(name) for name in ("<0xC2>", "<0x80>"))
+    for tokens, cuts in (([a, b, 0, b], [3]), ([a, b, 9999, b], [3]), ([a, b, 0], [3])):
+        pieces, _ = streamed(text, tokens, cuts)
+        assert "".join(pieces) == text.decode(tokens)
+
+
 @KINDS
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
