@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -99,8 +100,7 @@ def _dense(
     dtype = module.dtype or jnp.result_type(args[0], weight.dtype)
     x = args[0].astype(dtype)
     if isinstance(weight, Nf4):
-        # Written out again in the backward pass: kept, the kernels of all layers would be there at once.
-        y = jax.checkpoint(lambda x, w: times(x, w.dequantize(dtype)), prevent_cse=False)(x, weight)
+        y = _frozen_product(times, x, weight)
     else:
         y = times(x, weight.astype(dtype))
     if isinstance(kernel, Adapted):
@@ -110,3 +110,30 @@ def _dense(
 
 def _opened(kernel: Any, dtype: Any) -> jax.Array:
     return kernel.dequantize(dtype) if isinstance(kernel, Nf4) else kernel.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen_product(times: Callable[..., jax.Array], x: jax.Array, weight: Nf4) -> jax.Array:
+    """`times(x, kernel)` of a quantised kernel, which is written out again in the backward pass and has no gradient.
+
+    Otherwise the backward pass of a loop over layers would hold the kernels of all of them at once. `jax.checkpoint`
+    would do as well, but a layer that has its own is left alone by the plan's rematerialisation.
+    """
+    return _times_kernel(times, weight, x)
+
+
+def _forward(times: Callable[..., jax.Array], x: jax.Array, weight: Nf4) -> tuple[jax.Array, tuple[jax.Array, Nf4]]:
+    return _frozen_product(times, x, weight), (x, weight)
+
+
+def _backward(times: Callable[..., jax.Array], kept: tuple[jax.Array, Nf4], dy: jax.Array) -> tuple[jax.Array, None]:
+    x, weight = kept
+    _, pullback = jax.vjp(functools.partial(_times_kernel, times, weight), x)
+    return (*pullback(dy), None)
+
+
+def _times_kernel(times: Callable[..., jax.Array], weight: Nf4, x: jax.Array) -> jax.Array:
+    return times(x, weight.dequantize(x.dtype))
+
+
+_frozen_product.defvjp(_forward, _backward)
