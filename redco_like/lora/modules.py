@@ -88,7 +88,7 @@ def _dense(
     if type(module) is not nn.Dense or context.method_name != "__call__" or len(args) != 1 or kwargs:
         return call(*args, **kwargs)
     kernel = module.get_variable("params", "kernel")
-    if not isinstance(kernel, Adapted | Nf4):
+    if not isinstance(kernel, Adapted | Nf4) or module.dot_general_cls is not None:
         return call(*args)
     bias = module.get_variable("params", "bias") if module.use_bias else None
     product = module.dot_general or jax.lax.dot_general
@@ -99,10 +99,7 @@ def _dense(
     weight = kernel.kernel if isinstance(kernel, Adapted) else kernel
     dtype = module.dtype or jnp.result_type(args[0], weight.dtype)
     x = args[0].astype(dtype)
-    if isinstance(weight, Nf4):
-        y = _frozen_product(times, x, weight)
-    else:
-        y = times(x, weight.astype(dtype))
+    y: Any = _frozen_product(times, x, weight) if isinstance(weight, Nf4) else times(x, weight.astype(dtype))
     if isinstance(kernel, Adapted):
         y += times(times(x, kernel.a.astype(dtype)), kernel.b.astype(dtype)) * kernel.scale
     return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
