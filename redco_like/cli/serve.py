@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,16 +148,17 @@ class Serve:
             settings = room_of(self.room)
         sock = self.address.bind()
         with sock:
-            with terminal.progress(f"reading {self.model}") as tell, enough_memory(settings):
+            with leaving_compilers(), terminal.progress(f"reading {self.model}") as tell, enough_memory(settings):
                 engine = self._engine(text, settings, tell)
                 start, programs = time.perf_counter(), len(engine.programs.names)
                 done = 0
 
-                def told(what: str) -> None:
+                def told(last: str) -> None:
                     nonlocal done
                     done += 1
-                    tell(f"warming up, program {done} of {programs}: {what}")
+                    tell(f"warming up: {done} of {programs} programs compiled, the last: {last}")
 
+                tell(f"warming up: 0 of {programs} programs compiled")
                 engine.warm_up(told)
                 took = time.perf_counter() - start
             name = self.name or folder.resolve().name
@@ -291,6 +293,16 @@ def room_of(room: Room) -> Settings:
         sized = record["asked"] or record["most_within_limits"] or record["most_that_fit"]
     length, chunk = room.length or record["problem"]["context_tokens"], room.chunk_tokens or sized["chunk_tokens"]
     return Settings(plan, room.rows or sized["rows"], length, chunk)
+
+
+@contextlib.contextmanager
+def leaving_compilers() -> Iterator[None]:
+    """End the process at Ctrl-C where it stands: threads that compile do not survive the interpreter's own end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("redco-like serve: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
 
 
 @contextlib.contextmanager

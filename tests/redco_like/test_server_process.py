@@ -84,6 +84,19 @@ def test_a_second_signal_gives_up_what_runs(process):
     assert running.stdout.read() == "stopped\n"
 
 
+def test_an_interrupt_while_programs_are_compiled_ends_at_once():
+    """Threads that compile go on; the interpreter cannot wait for them, nor end beside them."""
+    program = (
+        "import threading, time; from redco_like.cli.serve import leaving_compilers\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "with leaving_compilers(): raise KeyboardInterrupt"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (130, "redco-like serve: interrupted\n")
+
+
 # The command's complaints.
 
 
