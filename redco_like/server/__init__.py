@@ -4,8 +4,9 @@
     run(app, host="127.0.0.1", port=8000)                   # until SIGTERM or Ctrl-C, then answers are finished
 
 `redco-like serve --model FOLDER` does both. One thread runs the engine (`worker`), everything else is asyncio: requests
-are read and checked (`requests`), their tokens become text and records (`answers`), `app` has the routes, `metrics` the
-counts, `process` starts and ends it. FastAPI and uvicorn come with `pip install 'redco-like[serve]'`.
+are read and checked (`requests`), their tokens become text and records (`answers`); `app` has the routes, `service`
+what they run on, `metrics` the counts, `process` starts and ends it. FastAPI and uvicorn come with
+`pip install 'redco-like[serve]'`.
 """
 
 from __future__ import annotations
