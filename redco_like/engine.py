@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from redco_like.models.model import Model
 
 FINISHES: dict[int, Finish | None] = {GOING: None, STOP: "stop", LENGTH: "length", ERROR: "error"}
-SMALLEST = 256
-"""Positions of the smallest class of length."""
+SMALLEST = 128
+"""Positions of the smallest class of length for decoding; reading starts with twice as many."""
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +204,8 @@ class Engine:
         sizes = Sizes(
             rows,
             length,
-            classes(length, 2),
-            classes(length, 4),
+            classes(length, 2, SMALLEST),
+            classes(length, 4, 2 * SMALLEST),
             _shapes(min(chunk_tokens, length), rows // shards),
             steps_per_dispatch,
         )
@@ -521,16 +521,15 @@ def _functions(model: Model, length: int) -> CachedModel:
     return CachedModel(model.init_cache, read, model.config.vocab)
 
 
-def classes(length: int, factor: int) -> tuple[int, ...]:
-    """Classes of length, each `factor` times the one before, the last one `length` itself.
+def classes(length: int, factor: int, size: int) -> tuple[int, ...]:
+    """Classes of length from `size` on, each `factor` times the one before, the last one `length` itself.
 
-    >>> classes(2048, 2)
+    >>> classes(2048, 2, 256)
     (256, 512, 1024, 2048)
-    >>> classes(1000, 4)
+    >>> classes(1000, 4, 256)
     (256, 1000)
     """
     sizes = []
-    size = SMALLEST
     while size < length:
         sizes.append(size)
         size *= factor

@@ -112,7 +112,7 @@ def _translate(
 
 def _rounded(needed: int, most: int | None) -> int:
     """The power of two that is enough, of at least the smallest class, and at most `most` if that is enough."""
-    size = SMALLEST
+    size = 2 * SMALLEST
     while size < needed:
         size *= 2
     return size if most is None or needed > most else min(size, most)

@@ -97,6 +97,7 @@ class RowSettings(NamedTuple):
         last_B: position of the last token that each may have.
         sample_B: which of a request's continuations a row is.
         stops_BQS: stop sequences, their ends at the end, -1 before; ends_BE: tokens that end, -1 for none.
+        logprobs_B: whether log-probabilities are wanted.
     """
 
     temperature_B: Any
@@ -109,6 +110,7 @@ class RowSettings(NamedTuple):
     last_B: Any
     stops_BQS: Any
     ends_BE: Any
+    logprobs_B: Any
 
 
 def settings_of(rows: list[tuple[SamplingParams, int, int, tuple[int, ...]] | None]) -> RowSettings:
@@ -130,6 +132,7 @@ def settings_of(rows: list[tuple[SamplingParams, int, int, tuple[int, ...]] | No
         np.zeros(B, np.int32),
         np.full((B, STOPS, STOP_TOKENS), -1, np.int32),
         np.full((B, ENDS), -1, np.int32),
+        np.zeros(B, bool),
     )
     for i, row in enumerate(rows):
         if row is None:
@@ -141,6 +144,7 @@ def settings_of(rows: list[tuple[SamplingParams, int, int, tuple[int, ...]] | No
         for j, sequence in enumerate(p.stop):
             made.stops_BQS[i, j, STOP_TOKENS - len(sequence) :] = sequence
         made.ends_BE[i, : len(ends)] = ends
+        made.logprobs_B[i] = p.logprobs
     return made
 
 
@@ -155,7 +159,8 @@ def sample(
         position_B: where the chosen tokens will stand.
 
     Returns:
-        Tokens (B,), the logarithms of their probabilities under the model (B,), and whether the logits were numbers.
+        Tokens (B,), the logarithms of their probabilities under the model (B,), 0 where no row wants them, and whether
+        the logits were numbers.
     """
     raw_BV = logits_BV.astype(jnp.float32)
     most_B = raw_BV.max(-1)
@@ -163,16 +168,28 @@ def sample(
     penalised_BV = jax.lax.cond(
         jnp.any(s.penalty_B != 1.0), lambda: penalise(raw_BV, seen_BV, s.penalty_B), lambda: raw_BV
     )
-    greedy_B = jnp.argmax(penalised_BV, axis=-1).astype(jnp.int32)
+    greedy_B = likeliest(penalised_BV)
 
     def drawn() -> jax.Array:
         weights_BV = kept_weights(penalised_BV, s.temperature_B, s.top_k_B, s.top_p_B, s.min_p_B)
         return jnp.where(s.temperature_B > 0, draw(weights_BV, uniforms(s.seed_B, s.sample_B, position_B)), greedy_B)
 
     tokens_B = jax.lax.cond(jnp.any(s.temperature_B > 0), drawn, lambda: greedy_B)
-    chosen_B = jnp.take_along_axis(raw_BV, tokens_B[:, None], axis=-1)[:, 0]
-    logprobs_B = chosen_B - most_B - jnp.log(jnp.exp(raw_BV - most_B[:, None]).sum(-1))
+
+    def logprobs() -> jax.Array:
+        chosen_B = jnp.take_along_axis(raw_BV, tokens_B[:, None], axis=-1)[:, 0]
+        return chosen_B - most_B - jnp.log(jnp.exp(raw_BV - most_B[:, None]).sum(-1))
+
+    logprobs_B = jax.lax.cond(jnp.any(s.logprobs_B), logprobs, lambda: jnp.zeros_like(most_B))
     return tokens_B, logprobs_B, jnp.isfinite(most_B)
+
+
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first of the largest logits of each row, as `argmax`, which takes CPUs as long as a layer: in two passes."""
+    V = logits_BV.shape[-1]
+    place_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+    found_BV = jnp.where(logits_BV == logits_BV.max(-1, keepdims=True), place_BV, V - 1)
+    return found_BV.min(-1)
 
 
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:

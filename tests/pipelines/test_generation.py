@@ -142,7 +142,7 @@ def test_a_token_depends_on_its_own_row_alone():
     logits = rng.normal(size=(6, V)).astype(np.float32)
     seen = rng.integers(0, 2, (6, V)).astype(bool)
     asked = [
-        SamplingParams(temperature=1.5, seed=1),
+        SamplingParams(temperature=1.5, seed=1, logprobs=True),
         SamplingParams(),
         SamplingParams(temperature=0.7, top_k=9, seed=2),
         SamplingParams(repetition_penalty=1.7),

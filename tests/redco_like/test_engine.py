@@ -143,12 +143,14 @@ def test_positions_windows_and_experts(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mpt-7b", "gemma-2-2b", "deepseek-v3", "mixtral-8x7b"])
-def test_other_decoders_spread(name):
+@pytest.mark.parametrize(
+    "name, plan", [("mpt-7b", SPREAD), ("gemma-2-2b", SPREAD), ("mixtral-8x7b", SPREAD), ("deepseek-v3", ONE)]
+)
+def test_other_decoders(name, plan):
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, 56, n).tolist()) for n in (3, 17, 9, 1, 30, 21)]
     asked = [SamplingParams(max_tokens=10 + i, temperature=0.8 * (i % 2), seed=i) for i in range(6)]
-    check(name, engine_of(name, SPREAD).generate(prompts, asked), prompts, asked)
+    check(name, engine_of(name, plan).generate(prompts, asked), prompts, asked)
 
 
 def test_samples_of_one_prompt_read_it_once():
