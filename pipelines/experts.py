@@ -12,8 +12,8 @@ Inside one `jax.shard_map` over the whole mesh:
   for all of them, since all tokens may choose the same experts and none is dropped.
 * A device that splits only the batch or the length sends nothing but gradients of weights.
 
-Products in groups are `jax.lax.ragged_dot`, on TPUs a kernel that skips what is in no group, and on GPUs
-`pipelines.grouped`.
+Products in groups are `jax.lax.ragged_dot`, on TPUs a kernel that skips what is in no group, with gradients by
+`pipelines.grouped_tpu`; on GPUs they are `pipelines.grouped`.
 
 Shape letters: B batch, L length, D embed, E experts, J experts per token, F mlp, R rows: tokens times J.
 """
@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pipelines.grouped import grouped_dot, obstacle
+from pipelines.grouped_tpu import grouped_dot_tpu
 from sharding_rules import ExpertsCall
 from sharding_rules.kernels import Call
 
@@ -83,7 +84,7 @@ class ExpertsKernels:
             for i, entry in enumerate(tokens)
             if (axes := tuple(axis for axis in entry if axis in group))
         ]
-        product = self._product(mesh, operands, kernels)
+        product = self._product(operands)
         ways = math.prod(mesh.shape[axis] for axis in over_experts)
 
         def own(*operands: jax.Array) -> jax.Array:
@@ -104,15 +105,15 @@ class ExpertsKernels:
 
         return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=in_specs[0])(*operands)
 
-    def _product(self, mesh: Mesh, operands: Sequence[Any], specs: Sequence[Sequence[Sequence[str]]]) -> Product:
+    def _product(self, operands: Sequence[Any]) -> Product:
         """What multiplies rows in groups."""
+        if self.platform == "tpu":
+            return lambda x_RK, w_EKN, counts_E: grouped_dot_tpu(x_RK, w_EKN, counts_E, self.interpret)
         if self.platform not in GPUS:
             return jax.lax.ragged_dot
-        for w_EKN, spec in zip(operands[3:], specs, strict=True):
-            sizes = [n // math.prod(mesh.shape[a] for a in entry) for n, entry in zip(w_EKN.shape, spec, strict=True)]
-            if reason := obstacle(sizes[1:], operands[0].dtype, w_EKN.dtype):
-                _tell(f"every token is multiplied with every expert of its device: {reason}")
-                return jax.lax.ragged_dot
+        if reason := obstacle(operands[0].dtype, *(w_EKN.dtype for w_EKN in operands[3:])):
+            _tell(f"every token is multiplied with every expert of its device: {reason}")
+            return jax.lax.ragged_dot
         return lambda x_RK, w_EKN, counts_E: grouped_dot(x_RK, w_EKN, counts_E, self.interpret)
 
 

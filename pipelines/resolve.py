@@ -94,13 +94,14 @@ def _search(
     if mesh is not None and mesh.size != n_devices:
         raise ValueError(f"mesh {mesh} needs {mesh.size} devices, but {n_devices} are there")
     traced, opt_state = problem()
-    fused = cluster.accelerator.kind != "cpu" and runs_as_kernel(traced)
+    fixed: dict[str, Any] = {} if mesh is None else dict(mesh.sizes)
+    # Over axes that the attention kernels do not split, attention runs plainly where the caller has asked for them.
+    whole = axes_without_kernel(cluster.accelerator.kind, "fused")
+    plain = cluster.accelerator.kind == "cpu" or any(fixed.get(axis, 1) != 1 for axis in whole)
+    fused = not plain and runs_as_kernel(traced)
     options: dict[str, Any] = {} if training else {"training": False, "remats": ("none",)}
     model = TracedModel(traced, opt_state, cluster, fused_attention=fused, **options)
-    fixed: dict[str, Any] = {} if mesh is None else dict(mesh.sizes)
-    # Axes that the attention kernels do not split over, but for those that the caller has asked for.
-    whole = axes_without_kernel(cluster.accelerator.kind, model.plan_fields["attention"])
-    forbid = [axis for axis in AXES if axis in (*whole, *forbid) and fixed.get(axis, 1) == 1]
+    forbid = [axis for axis in AXES if axis in forbid and fixed.get(axis, 1) == 1]
     fixed = {name: size for name, size in fixed.items() if name not in forbid}
     space = Space(model, cluster, fix=fixed if training else fixed | {"microbatches": 1}, forbid=forbid)
     result = solve(space, runners_up=1)

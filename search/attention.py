@@ -61,6 +61,12 @@ def runs_as_kernel(traced: TracedFunction) -> bool:
     return bool(called) and score_keys(step) <= called
 
 
+def all_causal(step: Step) -> bool:
+    """Whether a function calls `sharding_rules.attention`, and every call is causal."""
+    found = [call.call for call in step.table.calls.values() if isinstance(call.call, AttentionCall)]
+    return bool(found) and all(call.causal for call in found)
+
+
 def _find_scores(step: Step, scope: Scope, made: dict[Var, frozenset[Any]], keys: set[Any]) -> None:
     for position in step.flow.live(scope):
         eqn = scope.jaxpr.eqns[position]

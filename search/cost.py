@@ -37,7 +37,7 @@ import numpy.typing as npt
 from search.cluster import Cluster
 from search.collectives import Kind, collective_seconds, lower_bound_seconds
 from search.efficiency import Efficiency
-from search.op_times import PASSES, PRODUCTS, OpTimes, peak_flops
+from search.op_times import PASSES, PRODUCTS, OpTimes, Routed, peak_flops
 from search.placement import REGIONS, Bools, Columns, Floats, Flow, Placement, Variant, axis_sizes, numbering
 from search.plan import DTYPES, Remat, Vocab
 from search.schedule_times import makespan, makespan_bound
@@ -131,6 +131,7 @@ class CostModel:
         batch_rows: names of the rows that are split into microbatches.
         efficiency: constants; default those that the cluster's file has measured.
         layers: number of repeated layers of the model, for pipelines.
+        routed: rows of calls of `experts`, where there are some.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class CostModel:
         batch_rows: Sequence[str] = ("batch",),
         efficiency: Efficiency | None = None,
         layers: int = 1,
+        routed: Routed | None = None,
     ):
         self.remats: tuple[Remat, ...] = tuple(works)
         self.row_names = tuple(next(iter(works.values())).rows)
@@ -148,7 +150,9 @@ class CostModel:
         self.works = dict(works)
         self.layers = layers
         attained = efficiency or cluster.efficiency or Efficiency()
-        self.ops = [OpTimes(work, self.row_names, is_batch, cluster, attained, layers) for work in works.values()]
+        self.ops = [
+            OpTimes(work, self.row_names, is_batch, cluster, attained, layers, routed) for work in works.values()
+        ]
         self._attain(cluster, attained)
         self.trains = any(op.phase == "backward" for op in next(iter(works.values())).ops)
         self.model_flops = min(work.product_flops for work in works.values())
@@ -225,8 +229,7 @@ class CostModel:
         collectives_xn = m * pick(collectives_pxkn.sum(0) + one.beside_xkn) + worst(one.step_hidden_xkn + once_xkn)
         moved_xn = m * pick(one.moved_xkn) + worst(one.step_moved_xkn + updated_moved_xkn)
         held_3n = self.held(place, columns)
-        data = np.where(columns.flags("optimizer_sharding"), place.batch_shards / self._fsdp(place, columns), 1.0)
-        update = 2 * held_3n[PARAMS] + held_3n[GRADIENTS] + 2 * held_3n[STATE]
+        data = self._state_shards(place, columns)
         state_n = np.where(columns.offloads("optimizer"), 2 * held_3n[STATE] / data / self.host_bandwidth, 0.0)
         return StepSeconds(
             compute=m * pick(one.compute_pkn.sum(0))
@@ -234,7 +237,7 @@ class CostModel:
             exposed={axis: exposed_xn[i] for i, axis in enumerate(AXES)},
             hidden=m * pick(hidden_pkn.sum(0) + one.beside_xkn.sum(0)) + worst(one.step_hidden_xkn.sum(0)),
             bubble=bubble,
-            optimizer=(update / data / self.bandwidth + self.launch) * self.trains,
+            optimizer=(self.update_bytes(place, columns) / self.bandwidth + self.launch) * self.trains,
             offload=m * pick(host_pkn.sum(0)) + state_n,
             collectives={axis: collectives_xn[i] for i, axis in enumerate(AXES)},
             moved={axis: moved_xn[i] for i, axis in enumerate(AXES)},
@@ -374,6 +377,16 @@ class CostModel:
             stages_3kn = np.einsum("kr,prn->pkn", place.stage_weights(vocab), place.held[:, :, columns.fsdp[here]])
             out[:, here] = _Picker(stages_3kn.sum(0).argmax(0))(stages_3kn)
         return out
+
+    def update_bytes(self, place: Placement, columns: Columns) -> Floats:
+        """Bytes that the optimizer's step moves on a device."""
+        params, gradients, state = self.held(place, columns)
+        return (2 * params + gradients + 2 * state) / self._state_shards(place, columns)
+
+    def _state_shards(self, place: Placement, columns: Columns) -> Floats:
+        """Into how many parts the optimizer's state is split over data."""
+        data = place.batch_shards / self._fsdp(place, columns)
+        return np.where(columns.flags("optimizer_sharding"), data, 1.0)
 
     def exposed(self, compute: Any, collectives: Any) -> Floats:
         """Seconds that collectives add to the compute they run beside: the slow-down, and what does not fit."""

@@ -46,10 +46,15 @@ class Efficiency:
         attention: of the peak, by fused attention forward, all scores counted: a causal kernel that leaves out half of
             them attains twice its share (FlashAttention-2, Dao 2023: 0.5 to 0.73 on A100 of the half).
         attention_backward: of `attention`, in the backward pass, where a kernel makes the scores again.
+        contiguous: 1 where the parts of a sequence that context splits are contiguous, so that the device with the last
+            one computes most of a causal mask's scores; 0 where each has an early and a late part.
         vector: elementwise arithmetic per peak flop: 67 of 989 TFLOP/s on H100, about 1/30 on TPUs.
         transcendental_flops: that one transcendental operation counts as: assumed.
         bandwidth: of the memory's, by a large loop (0.85: STREAM on HBM reaches 0.8 to 0.92).
-        loop_traffic: bytes that loops move per byte of the rule of fusion (`search.fusion`).
+        loop_traffic: bytes that elementwise loops and reductions move per byte of the rule of fusion (`search.fusion`).
+        stack_traffic: times that what a loop keeps for its backward pass is copied into an array of all iterations, and
+            as often out of it: XLA does it, where other software keeps each iteration's arrays.
+        own_experts: 1 where experts of a device's own are computed as `pipelines.experts` does: see `search.op_times`.
         gradient_passes: times that the gradients move through memory when those of a microbatch are added to the sum: 3
             where it is a loop of its own, fewer where products add to it.
         launch_seconds: by kind of accelerator, of one operation: a GPU kernel about 2 us inside a CUDA graph, a TPU
@@ -72,10 +77,13 @@ class Efficiency:
     narrow: float = 1.0
     attention: float = 0.6
     attention_backward: float = 1.0
+    contiguous: float = 0.0
     vector: float = 1 / 30
     transcendental_flops: float = 8.0
     bandwidth: float = 0.85
     loop_traffic: float = 1.0
+    stack_traffic: float = 0.0
+    own_experts: float = 0.0
     gradient_passes: float = 3.0
     launch_seconds: tuple[tuple[str, float], ...] = (("gpu", 2e-6), ("tpu", 5e-7), ("cpu", 5e-6))
     overlap_slowdown: float = 1.13

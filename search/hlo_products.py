@@ -141,6 +141,8 @@ SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 FUSED_BACKWARD_PRODUCTS = 5
 GPU_PRODUCTS = {"mha_forward": 2, "mha_backward": 7}
 """Of the Triton kernels of `jax.experimental.pallas.ops.gpu.attention`: backward loops over queries and over keys."""
+_GROUPED = re.compile(r"\bgrouped_(rows|matrices)\b")
+"""Kernels of `pipelines.grouped` and `pipelines.grouped_tpu`."""
 _CALL = re.compile(r"\battention_(causal|full)(?:_window(\d+))?")
 """Name of a call of `sharding_rules.attention`, in the names of the operations that compute it."""
 
@@ -154,7 +156,7 @@ def _kernel(computation: Computation, op: Op) -> Product | None:
     floats = [shape for shape in shapes if len(shape.dims) >= 3 and shape.dtype.startswith(("bf", "f"))]
     called = _CALL.search(op.op_name)
     if op.target == "tpu_custom_call":
-        if re.match(r"ragged-dot(?!-metadata)", op.name):
+        if re.match(r"ragged-dot(?!-metadata)", op.name) or _GROUPED.search(op.op_name):
             return _ragged(computation, op, next(i for i, s in enumerate(shapes) if s.dtype.startswith(("bf", "f"))))
         found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", f"{op.name} {op.op_name}")
         if found and len(floats) >= 3:
@@ -164,7 +166,7 @@ def _kernel(computation: Computation, op: Op) -> Product | None:
             count = FUSED_BACKWARD_PRODUCTS if fused else SPLASH_PRODUCTS[found[1]]
             return _attention(count, floats[0], floats[1], -2, causal, called)
     if op.target == "__gpu$xla.gpu.triton":
-        if re.search(r"\bgrouped_(rows|matrices)\b", op.op_name):  # of `pipelines.grouped`
+        if _GROUPED.search(op.op_name):
             return _ragged(computation, op, next(i for i, s in enumerate(shapes) if s.dtype.startswith(("bf", "f"))))
         found = re.search(r"\b(mha_forward|mha_backward)\b", op.op_name)
         if found and len(floats) >= 3:

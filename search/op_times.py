@@ -16,13 +16,27 @@ import numpy as np
 
 from search.cluster import Cluster
 from search.efficiency import Efficiency
-from search.placement import REGIONS, Bools, Floats, Placement
+from search.placement import REGIONS, Bools, Floats, Placement, axis_sizes
 from search.regions import op_regions, split_ends
 from search.workload import Workload
+from sharding_rules import AXES, CONTEXT, EXPERT, TENSOR
 
 PRODUCTS = ("dot", "conv", "ragged")
+LOOPS = ("elementwise", "reduce")
 PASSES = ("forward", "backward", "weights")
 """Forward; backward, with what it computes again; gradients of weights, which zero-bubble schedules run apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """Rows of calls of `sharding_rules.experts`, by name.
+
+    Attributes:
+        chosen: the experts of one token. hidden: the width of one expert.
+    """
+
+    chosen: str
+    hidden: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +66,7 @@ class OpTimes:
         batch_rows: bool per row: split into microbatches.
         cluster, efficiency: machines and what they attain.
         layers: number of repeated layers.
+        routed: where the model calls `experts`.
     """
 
     def __init__(
@@ -62,6 +77,7 @@ class OpTimes:
         cluster: Cluster,
         efficiency: Efficiency,
         layers: int = 1,
+        routed: Routed | None = None,
     ):
         work = split_ends(work.merged(), layers)
         column = [list(work.rows).index(name) for name in rows]
@@ -75,6 +91,7 @@ class OpTimes:
         self.kind_n = table["kind"]
         self.product_n: Bools = np.isin(self.kind_n, PRODUCTS)
         self.attention_n: Bools = self.kind_n == "attention"
+        self.causal_n: Bools = table["causal"]
         self.dtype_n, self.backward_n = table["dtype"], table["phase"] == "backward"
         self.arithmetic_n, self.transcendentals_n = table["flops"], table["transcendentals"]
         self.sizes_n3: Floats = np.stack([table["m"], table["n"], table["k"]], axis=1)
@@ -84,7 +101,28 @@ class OpTimes:
         self._operands(arrays["written"])
         self.groups_n = self._groups(table["phase"], op_regions(work, layers))
         self._layouts: dict[Any, tuple[Any, ...]] = {}
+        self._read_routed(rows, routed, table["phase"])
         self._attain(cluster, efficiency)
+
+    def _read_routed(self, rows: Sequence[str], routed: Routed | None, phase_n: np.ndarray) -> None:
+        """Arrays of all tokens of the devices that share experts, and how often operations run on own experts.
+
+        A device with experts of its own (`pipelines.experts`) sorts the tokens of all that share them, and its arrays
+        of tokens have room for all; those of the hidden width only for its own. For the backward pass it keeps nothing
+        but tokens: it makes the hidden values again, once, whatever is rematerialised. Devices that each have a part
+        of every expert have all tokens too.
+        """
+        self.gathered_a: Bools = np.zeros(len(self.array_op_a), bool)
+        self.own_n: Floats = np.ones(len(self.trips_n))
+        if routed is None:
+            return
+        chosen, hidden = (np.array([name == row for name in rows]) for row in (routed.chosen, routed.hidden))
+        wide_a = self.array_axes_ar @ hidden
+        self.gathered_a = self.array_axes_ar @ chosen & ~wide_a & ~self.product_n[self.array_op_a]
+        ragged = self.kind_n == "ragged"
+        self.own_n[ragged & (phase_n == "recompute")] = 0.0
+        self.own_n[ragged & (phase_n == "forward") & ~(self.contracted_nr @ hidden)] = 2.0
+        self.own_n[(self.kind_n == "stack") & (self.axes_nr @ chosen)] = 0.0
 
     def on(self, cluster: Cluster, efficiency: Efficiency) -> OpTimes:
         """The same operations on other machines, or with other constants."""
@@ -104,6 +142,7 @@ class OpTimes:
         narrow = np.array([1.0 if wide(str(dtype)) else efficiency.narrow for dtype in self.dtype_n])
         attention = efficiency.attention * np.where(self.backward_n, efficiency.attention_backward, 1.0)
         loops = ~(self.product_n | self.attention_n)
+        fused = np.isin(self.kind_n, LOOPS)
         self.flops_n: Floats = self.arithmetic_n + np.where(
             loops, efficiency.transcendental_flops * self.transcendentals_n, 0.0
         )
@@ -112,7 +151,10 @@ class OpTimes:
             peaks * efficiency.matmul * narrow,
             np.where(self.attention_n, peaks * attention, efficiency.vector * usual),
         )
-        self.traffic_n: Floats = np.where(loops, efficiency.loop_traffic, 1.0) / self.bandwidth
+        stacks = self.kind_n == "stack"
+        moved = np.where(stacks, efficiency.stack_traffic, np.where(fused, efficiency.loop_traffic, 1.0))
+        self.traffic_n: Floats = moved / self.bandwidth
+        self.launch_n: Floats = np.where(stacks, 0.0, self.launch)
 
     def _groups(self, phase: np.ndarray, regions: Sequence[str]) -> np.ndarray:
         """Region and pass of every operation, as one number."""
@@ -147,26 +189,35 @@ class OpTimes:
 
     def seconds(self, place: Placement, sizes_x: Floats, counts_m: Floats) -> OpSeconds:
         """Seconds of one microbatch's operations, for some numbers of microbatches; shape (m, n)."""
-        key = (id(place), tuple(sizes_x), tuple(counts_m))
+        key = (id(place), tuple(sizes_x), tuple(counts_m), self.efficiency.own_experts)
         if key not in self._layouts:
             if len(self._layouts) >= 32:
                 self._layouts.clear()
             # The placement is kept, so that its id is not given to another.
             self._layouts[key] = (place, *self._layout(place, sizes_x, counts_m))
-        _, parts_mn, moved_mn, local_3mn = self._layouts[key]
+        _, parts_mn, moved_mn, local_3mn, slowest_n = self._layouts[key]
         batch_mn = np.maximum(self.arithmetic_n / parts_mn / (2 * local_3mn.prod(0)), 1.0)
         share_mn = self.efficiency.product(*local_3mn, batch=batch_mn, speed=self.speed_n) / self.efficiency.matmul
         rate_mn = np.where(self.product_n, self.rate_n * share_mn, self.rate_n)
+        own = self.efficiency.own_experts if place.expert > 1 else 0.0
+        trips_n = self.trips_n * (1 + own * (self.own_n - 1))
         return OpSeconds(
-            self.trips_n * (self.flops_n / parts_mn / rate_mn),
-            self.trips_n * moved_mn * self.traffic_n,
-            self.trips_n * self.launch,
+            trips_n * (self.flops_n / parts_mn / rate_mn) * (1 + self.efficiency.contiguous * slowest_n),
+            trips_n * moved_mn * self.traffic_n,
+            trips_n * self.launch_n,
         )
 
     def _layout(self, place: Placement, sizes_x: Floats, counts_m: Floats) -> tuple[Floats, ...]:
-        """Of every operation on a device: parts of its work, bytes, and the sizes of a product."""
+        """Of every operation on a device: parts of its work, bytes, the sizes of a product, and how much more than the
+        mean the device with most of a causal mask's scores computes where context splits the sequence into c parts:
+        (1 + ... + c) / c of which it has c makes 2 - 1 / c times.
+        """
         ways_n, taken_nx = self.split(self.axes_nr, place, sizes_x)
-        ways_a, _ = self.split(self.array_axes_ar, place, sizes_x)
+        ways_a, taken_ax = self.split(self.array_axes_ar, place, sizes_x)
+        if self.efficiency.own_experts:
+            whole = [axis for axis, n in ((EXPERT, place.expert), (TENSOR, place.tensor * place.sequence)) if n > 1]
+            inside_ax = taken_ax & ~np.isin(AXES, whole)
+            ways_a = np.where(self.gathered_a, np.where(inside_ax, sizes_x, 1.0).prod(1), ways_a)
         parts_mn = np.where(self.batched_n, counts_m[:, None], 1.0)
         parts_ma = np.where(self.batched_a, counts_m[:, None], 1.0)
         moved_mn = np.stack([self._moved(ways_a * parts) for parts in parts_ma])
@@ -187,7 +238,22 @@ class OpTimes:
         )
         shrinks_n3[:, :2] &= ~shrinks_n3[:, 2:]
         local_mn3 = np.maximum(sizes_n3 / np.where(shrinks_n3, counts_m[:, None, None], 1.0), 1.0)
-        return ways_n * parts_mn, moved_mn, np.moveaxis(local_mn3, 2, 0)
+        context = AXES.index(CONTEXT)
+        slowest_n = np.where(self.causal_n & taken_nx[:, context], 1 - 1 / sizes_x[context], 0.0)
+        return ways_n * parts_mn, moved_mn, np.moveaxis(local_mn3, 2, 0), slowest_n
+
+    def memory_bytes(self, place: Placement, counts_m: Floats) -> dict[str, Floats]:
+        """Bytes that a device moves in a step, as counted, nothing attained; shape (m,).
+
+        Returns:
+            "loops", "stacks", and of what else takes longer for its bytes than for its arithmetic, "rest".
+        """
+        sizes_x = np.array([float(size[0]) for size in axis_sizes(place, np.ones(1)).values()])
+        _, moved_mn, *_ = self._layout(place, sizes_x, counts_m)
+        found = self.seconds(place, sizes_x, counts_m)
+        loops, stacks = np.isin(self.kind_n, LOOPS), self.kind_n == "stack"
+        which = {"loops": loops, "stacks": stacks, "rest": ~loops & ~stacks & (found.bytes > found.flops)}
+        return {name: counts_m * (self.trips_n * moved_mn * mask).sum(-1) for name, mask in which.items()}
 
     def by_group(self, seconds_mn: Floats) -> Floats:
         """Sums over the operations of each region and pass; shape (m, regions, passes)."""
@@ -200,12 +266,15 @@ class OpTimes:
         ways_n, _ = self.split(self.axes_nr, place, sizes_x)
         ways_a, _ = self.split(self.array_axes_ar, place, sizes_x)
         flops_n = self.flops_n / self.rate_n / ways_n
-        return float((self.trips_n * np.maximum(flops_n, self.moved_seconds(ways_a))).sum())
+        own = self.efficiency.own_experts if place.expert > 1 else 0.0
+        trips_n = self.trips_n * (1 + own * (self.own_n - 1))
+        return float((trips_n * np.maximum(flops_n, self.moved_seconds(ways_a))).sum())
 
     def floor(self) -> float:
         """Seconds of a step on one device at its peaks."""
         moved = self.moved_seconds(np.ones(len(self.array_bytes_a)))
-        return float((self.trips_n * np.maximum(self.flops_n / self.rate_n, moved)).sum())
+        trips_n = self.trips_n * np.minimum(self.own_n, 1.0)
+        return float((trips_n * np.maximum(self.flops_n / self.rate_n, moved)).sum())
 
     def moved_seconds(self, ways_a: Floats) -> Floats:
         """Seconds of one execution's bytes."""

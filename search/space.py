@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from search.accelerators import Accelerator, accelerators
+from search.attention import axes_without_kernel
 from search.cluster import Cluster
 from search.compiler_options import options_for
 from search.cost import CostModel
@@ -130,6 +131,12 @@ class Space:
                 raise ValueError(f"no choice called {name!r}; there are {', '.join(CHOICES)}")
         if "remat" in self.fix and self.fix["remat"] not in self.model.costs.remats:
             raise ValueError(f"remat={self.fix['remat']!r}; one of {', '.join(self.model.costs.remats)}")
+        for axis in self._whole:
+            if self.fix.get(axis, 1) != 1:
+                raise PlanError(
+                    f"{axis}={self.fix[axis]}: attention kernels of {self.cluster.accelerator.name} take whole "
+                    "sequences; with plain attention (--attention plain) it can be planned"
+                )
         both = set(self.fix) & set(self.forbid)
         if both:
             raise ValueError(f"{sorted(both)[0]!r} is both fixed and forbidden")
@@ -148,6 +155,11 @@ class Space:
                 f"the sizes that are fixed take {wanted} devices, which do not divide the {self.cluster.devices} of "
                 f"{self.cluster.name}; the nearest number that does is {_nearest(wanted, self.cluster.devices)}"
             )
+
+    @property
+    def _whole(self) -> tuple[str, ...]:
+        """Mesh axes that attention is not split over here."""
+        return axes_without_kernel(self.cluster.accelerator.kind, self.model.plan_fields.get("attention", "plain"))
 
     @property
     def budget_bytes(self) -> float:
@@ -280,7 +292,11 @@ class Space:
         return [p for p in divisors(devices) if p == self.fix.get(STAGE, p) and self.model.layers % p == 0]
 
     def _sizes(self, axis: str, devices: int) -> list[int]:
-        if axis in self.forbid or (axis == EXPERT and not self.model.has_experts and axis not in self.fix):
+        if (
+            axis in self.forbid
+            or axis in self._whole
+            or (axis == EXPERT and not self.model.has_experts and axis not in self.fix)
+        ):
             return [1]
         return [n for n in divisors(devices) if n == self.fix.get(axis, n)]
 

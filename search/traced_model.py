@@ -23,13 +23,25 @@ from search.cost import CostModel
 from search.efficiency import Efficiency
 from search.liveness import Step, analyse_step
 from search.memory import ActivationBytes, ActivationMemory
+from search.op_times import Routed
 from search.placement import REGIONS, Floats, Placement
 from search.plan import Remat
 from search.regions import ParamRegion, Region, count_layers, op_regions, param_regions, stacks
 from search.space import Inner, divisors
 from search.traffic import ActivationTraffic, gradient_sums, param_flows
 from search.workload import Workload, workload_of
-from sharding_rules import AXES, FSDP, Layout, MeshShape, PlanError, TracedFunction, make_layout, trainable, tree_paths
+from sharding_rules import (
+    AXES,
+    FSDP,
+    ExpertsCall,
+    Layout,
+    MeshShape,
+    PlanError,
+    TracedFunction,
+    make_layout,
+    trainable,
+    tree_paths,
+)
 from sharding_rules.axes import leaves
 from sharding_rules.partition import param_shares, tree_bytes
 
@@ -52,6 +64,20 @@ class _ParamClass:
     optimizer_bytes: int
     region: ParamRegion
     sums: float
+
+
+def _routed(layout: Layout) -> Routed | None:
+    """Rows of the experts that a model calls."""
+    for scope in layout.table.scope.walk():
+        for eqn in scope.jaxpr.eqns:
+            found = layout.table.calls.get(eqn.outvars[0]) if eqn.outvars else None
+            if found is None or not isinstance(found.call, ExpertsCall):
+                continue
+            chosen, hidden = (scope.dims[found.operands[i]][-1] for i in (1, 3))
+            rows = [layout.rows.of(axis) for dim in (chosen, hidden) for axis in leaves(dim)]
+            if len(rows) == 2 and rows[0] is not None and rows[1] is not None:
+                return Routed(rows[0].name, rows[1].name)
+    return None
 
 
 class TracedModel:
@@ -97,6 +123,7 @@ class TracedModel:
             batch_rows=self._batch_rows,
             efficiency=efficiency or _attained(cluster),
             layers=self.repeats,
+            routed=_routed(self.layout),
         )
         self.layers = self._stageable()
         arrays = jax.tree.leaves(traced.arg("batch"))

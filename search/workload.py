@@ -24,14 +24,26 @@ from typing import Any, Literal
 
 import numpy as np
 
-from search.attention import score_keys
+from search.attention import all_causal, score_keys
 from search.fusion import Block, Where
 from search.liveness import INNER, Names, Phase, Remat, Step, analyse_step, source_of
+from search.saved import saved_in
 from search.units import Operand, Unit
 from sharding_rules import TracedFunction
 
 Kind = Literal[
-    "dot", "conv", "ragged", "attention", "elementwise", "reduce", "gather", "scatter", "sort", "collective", "other"
+    "dot",
+    "conv",
+    "ragged",
+    "attention",
+    "elementwise",
+    "reduce",
+    "gather",
+    "scatter",
+    "sort",
+    "collective",
+    "stack",
+    "other",
 ]
 
 
@@ -55,7 +67,8 @@ class Op:
     """One operation; quantities are of one execution.
 
     Attributes:
-        kind: "elementwise" and "reduce" are fused loops; "attention" is scores, softmax and values in one.
+        kind: "elementwise" and "reduce" are fused loops; "attention" is scores, softmax and values in one; "stack"
+            copies what the backward pass keeps of a loop's iteration into an array of all iterations, or out of it.
         phase: "forward", "recompute" (of the forward pass, inside the backward pass) or "backward".
         flops: floating point operations; of products 2 batch m n k.
         transcendentals: exponentials, square roots and the like, which are not among the flops.
@@ -65,6 +78,7 @@ class Op:
         contracted: rows that a product sums over; of a lookup, those of what it picks from.
         trips: executions per step.
         known: whether `trips` and the cost are certain.
+        causal: of attention, that queries see no later keys: kernels leave those scores out.
         dtype: of a product's first operand, of a loop's result.
         source: `file:line (function)`.
     """
@@ -85,6 +99,7 @@ class Op:
     known: bool
     dtype: str
     source: str
+    causal: bool = False
 
     @property
     def bytes_read(self) -> int:
@@ -160,7 +175,7 @@ class Workload:
         return {
             **{name: np.array([getattr(op, name) for op in self.ops], dtype=np.float64) for name in numbers},
             **{name: np.array([getattr(op, name) for op in self.ops], dtype=np.str_) for name in words},
-            "known": np.array([op.known for op in self.ops], dtype=bool),
+            **{name: np.array([getattr(op, name) for op in self.ops], dtype=bool) for name in ("known", "causal")},
             "axes": self._incidence([op.axes for op in self.ops]),
             "contracted": self._incidence([op.contracted for op in self.ops]),
         }
@@ -224,8 +239,40 @@ def workload_of(step: Step, *, fused_attention: bool = False) -> Workload:
     """As `workload`, from an analysed step."""
     scores = score_keys(step) if fused_attention else None
     units = Block(step, Where(), scores).run(step.table.scope)
-    ops = tuple(op for op in (_op(step, unit) for unit in units) if op.flops or op.reads or op.writes)
-    return Workload(ops, {row.name: row.size for row in step.layout.rows.rows})
+    ops = [op for op in (_op(step, unit) for unit in units) if op.flops or op.reads or op.writes]
+    if all_causal(step):
+        ops = [dataclasses.replace(op, causal=op.kind == "attention") for op in ops]
+    if any(op.phase == "backward" for op in ops):
+        ops = [*ops, *_stacks(step, fused_attention)]
+    return Workload(tuple(ops), {row.name: row.size for row in step.layout.rows.rows})
+
+
+def _stacks(step: Step, fused_attention: bool) -> Iterator[Op]:
+    """Copies of what loops keep for their backward pass: in, and out again."""
+    for saved in saved_in(step, fused_attention=fused_attention):
+        if saved.trips == 1 or not saved.activation:
+            continue
+        array = Array(saved.bytes // saved.trips, saved.axes, False)
+        phases: tuple[Phase, ...] = ("forward", "backward")
+        for phase in phases:
+            yield Op(
+                kind="stack",
+                phase=phase,
+                flops=0,
+                transcendentals=0,
+                batch=0,
+                m=0,
+                n=0,
+                k=0,
+                reads=(array,),
+                writes=(array,),
+                axes=_flat(saved.axes),
+                contracted=(),
+                trips=saved.trips,
+                known=True,
+                dtype=str(saved.dtype),
+                source=saved.source,
+            )
 
 
 def _op(step: Step, unit: Unit) -> Op:

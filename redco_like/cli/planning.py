@@ -164,26 +164,18 @@ def make_space(loaded: Loaded, options: SearchOptions, limits: Constraints) -> S
         UsageError: sizes that do not divide the devices or the batch, what cannot run and is not allowed, ...
     """
     from search import Space
-    from search.attention import axes_without_kernel
     from search.space import divisors
 
     batch, parts = loaded.spec.global_batch, limits.fix.get("microbatches", 1)
     if batch % parts:
         near = min(divisors(batch), key=lambda m: abs(m - parts))
         raise UsageError(f"--fix microbatches={parts}: a batch of {batch} has no {parts} equal parts; nearest: {near}")
-    whole = axes_without_kernel(loaded.cluster.accelerator.kind, loaded.model.plan_fields["attention"])
-    for axis in whole:
-        if limits.fix.get(axis, 1) != 1:
-            raise UsageError(
-                f"--fix {axis}={limits.fix[axis]}: attention kernels of {loaded.cluster.accelerator.name} take whole "
-                "sequences; with --attention plain it can be planned"
-            )
     with bad_input():
         return Space(
             loaded.model,
             loaded.cluster,
-            fix={name: value for name, value in limits.fix.items() if name not in whole},
-            forbid=(*limits.forbid, *(axis for axis in whole if axis not in limits.forbid)),
+            fix=limits.fix,
+            forbid=limits.forbid,
             allow_planned=options.allow_planned,
             max_microbatch=options.max_microbatch,
             memory_share=options.memory_share or 0.0,

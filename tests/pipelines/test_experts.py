@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from tiny_architectures import make_batch, make_params, tiny
 
-from pipelines.experts import ExpertsKernels, experts_kernels
+from pipelines.experts import experts_kernels
 from pipelines.grouped import grouped_dot, obstacle
+from pipelines.grouped_tpu import grouped_dot_tpu
 from pipelines.kernels import kernels_for
 from redco_like.models import build_model
 from sharding_rules import MeshShape, experts, make_layout, make_mesh, trace
@@ -159,8 +160,9 @@ def test_one_device_has_no_kernels_for_experts():
     assert experts_kernels(make_mesh(MeshShape(), jax.devices()[:1])) is None
 
 
+@pytest.mark.parametrize("grouped", [grouped_dot, grouped_dot_tpu])
 @pytest.mark.parametrize("counts", [(100, 0, 200, 57), (0, 0, 0, 300), (128, 128, 0, 0), (1, 1, 1, 1)])
-def test_grouped_products_are_those_of_ragged_dot(counts):
+def test_grouped_products_are_those_of_ragged_dot(counts, grouped):
     rng = np.random.default_rng(0)
     x, w, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((357, 128), (4, 128, 256), (357, 256)))
     counts = jnp.asarray(counts, jnp.int32)
@@ -171,17 +173,37 @@ def test_grouped_products_are_those_of_ragged_dot(counts):
         return y, *pull(g)
 
     want = products(lambda x, w: jax.lax.ragged_dot(x, w, counts))
-    for a, b in zip(want, products(lambda x, w: grouped_dot(x, w, counts, True)), strict=True):
+    for a, b in zip(want, products(lambda x, w: grouped(x, w, counts, True)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("counts", [(700, 0, 1000, 300), (0, 512, 512, 1024), (0, 0, 1, 0), (2100, 0, 0, 0)])
+def test_gradients_of_matrices_of_several_blocks_and_tiles(counts):
+    rng = np.random.default_rng(0)
+    x, w, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2100, 1100), (4, 1100, 200), (2100, 200)))
+    counts = jnp.asarray(counts, jnp.int32)
+    inside = (jnp.arange(2100) < counts.sum())[:, None]
+    x, g = jnp.where(inside, x, jnp.nan), jnp.where(inside, g, jnp.nan)
+    _, pull = jax.vjp(lambda w: grouped_dot_tpu(x, w, counts, True), w)
+    _, plain = jax.vjp(lambda w: jax.lax.ragged_dot(jnp.where(inside, x, 0), w, counts), w)
+    want = plain(jnp.where(inside, g, 0))[0]
+    np.testing.assert_allclose(pull(g)[0], want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("inner, columns", [(176, 96), (64, 200), (130, 128)])
+def test_grouped_products_of_any_size(inner, columns):
+    rng = np.random.default_rng(0)
+    x, w, g = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((150, inner), (3, inner, columns), (150, columns))
+    )
+    counts = jnp.asarray((70, 30, 50), jnp.int32)
+    y, pull = jax.vjp(lambda x, w: grouped_dot(x, w, counts, True), x, w)
+    want, plain = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, counts), x, w)
+    for a, b in zip((want, *plain(g)), (y, *pull(g)), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * float(jnp.abs(a).max()))
 
 
 def test_what_grouped_products_do_not_take_is_said():
     bf16, f32 = jnp.bfloat16, jnp.float32
-    assert obstacle((4096, 14336), bf16, bf16) == ""
-    assert "4096 x 1400" in obstacle((4096, 1400), bf16, bf16)
-    assert "bfloat16 and float32" in obstacle((4096, 14336), bf16, f32)
-    params, batch, _, traced = one_layer(2, True, False)
-    with pytest.warns(
-        UserWarning, match="every token is multiplied with every expert of its device: matrices of 32 x 64"
-    ):
-        on_mesh(params, batch, traced, MeshShape(data=8), "data", kernels=ExpertsKernels("cuda"))
+    assert obstacle(bf16, bf16, bf16) == ""
+    assert "bfloat16 and float32" in obstacle(bf16, f32)

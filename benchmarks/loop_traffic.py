@@ -1,0 +1,211 @@
+"""What XLA's programs do beyond what the planner counts, read off compiled ones: three constants of the cost model.
+
+    python benchmarks/loop_traffic.py                                    about 5 minutes
+
+It needs the extras tpu-aot and gpu-aot, and no TPU and no GPU. The planner counts the bytes of loops by the rule of
+fusion of `search.fusion`, that of kernels fused by hand: XLA also fuses into products. And it counts what loops
+over layers keep for the backward pass as written once and read once, which XLA copies into an array of all layers and
+out of it. `loop_traffic` and `stack_traffic` of `search.efficiency.Efficiency` are what these two are multiplied by for
+compiled software, fitted here on the seconds of memory-bound operations, copies and prefetches in the compiled
+schedules (`search.roofline`) of models whose order no benchmark here compares, several rematerialisations each.
+`unhidden` is the share of the gathers and scatters of sequence parallelism that those schedules wait for.
+
+Bar: of each accelerator and of all of a kind, the constants in `redco_like/validation/fit.py` are within a fifth of
+those found. The last line is JSON; exit 1 on a missed bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from redco_like.cli.planning import Loaded
+    from search import Plan
+    from search.compiler import Compiled
+
+MOST_OFF = 0.2
+CASES = (
+    ("v5e", "qwen3-1.7b", "v5e:4x4", 64, 2048),
+    ("v5p", "opt-2.7b", "v5p:2x4x4", 64, 2048),
+    ("v6e", "llama-2-7b", "v6e:4x8", 64, 4096),
+    ("gpu", "qwen3-1.7b", "8xH100", 32, 2048),
+    ("gpu", "opt-2.7b", "8xH100", 32, 2048),
+)
+"""Accelerator, or kind of one, whose constants they are; model, cluster, global batch, sequence length."""
+PLANS: tuple[dict[str, Any], ...] = tuple(
+    {"tensor": tensor, "data": 1, "context": 1, "expert": 1, "sequence": False, "remat": remat}
+    for remat in ("none", "dots", "full")
+    for tensor in (1, 2)
+)
+SEQUENCE: tuple[dict[str, Any], ...] = tuple(
+    {"tensor": tensor, "data": 1, "context": 1, "expert": 1, "sequence": True} for tensor in (2, 4)
+)
+TIMES = ("seconds", "exposed_seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Of one plan: seconds of memory traffic, of loops and stacks as the planner counts them and all as compiled; and
+    seconds of gathers and scatters over tensor, with what is waited for of them.
+    """
+
+    plan: str
+    loops: float
+    stacks: float
+    compiled: float
+    scattered: float
+    waited: float
+
+
+def points(loaded: Loaded, check: Callable[[Loaded, Plan], Compiled], tell: Callable[[str], None]) -> list[Point]:
+    """Compile plans of one model."""
+    import numpy as np
+
+    from search import Space, hlo, solve
+    from search.costing import candidate
+    from search.roofline import MEMORY_SHARE, step_seconds
+    from sharding_rules import TENSOR, PlanError
+
+    costs, out = loaded.model.costs, []
+    bandwidth = MEMORY_SHARE * loaded.cluster.accelerator.memory_bytes_per_second
+    for fix in (*PLANS, *SEQUENCE):
+        try:
+            best = solve(Space(loaded.model, loaded.cluster, fix=fix), runners_up=0).best
+        except PlanError:
+            continue
+        if best is None:
+            continue
+        plan = best.plan
+        place, columns = candidate(loaded.model, plan)
+        found = costs.ops[int(columns.remat[0])].memory_bytes(place, columns.microbatches.astype(np.float64))
+        program = check(loaded, plan)
+        if not program.hlo:
+            continue
+        time_ = step_seconds(hlo.parse(program.hlo), loaded.cluster, plan.mesh, order=plan.order)
+        parts, once = time_.compute_seconds, costs.update_bytes(place, columns)[0] + found["rest"][0]
+        seconds = sum(parts.get(kind, 0.0) for kind in ("memory", "copy", "prefetch")) - once / bandwidth
+        scattered = [
+            taken
+            for taken in time_.collectives
+            if taken.collective.axes == (TENSOR,) and taken.collective.kind != "all_reduce" and fix["sequence"]
+        ]
+        point = Point(
+            f"{plan.mesh} {plan.remat} m{plan.microbatches}{' sequence' if fix['sequence'] else ''}",
+            float(found["loops"][0] / bandwidth),
+            float(found["stacks"][0] / bandwidth),
+            float(seconds),
+            *(sum(getattr(taken, name) * taken.collective.times for taken in scattered) for name in TIMES),
+        )
+        tell(
+            f"  loops {1e3 * point.loops:5.0f} ms  stacks {1e3 * point.stacks:5.0f} ms  compiled "
+            f"{1e3 * point.compiled:5.0f} ms  "
+            + (f"waited {point.waited / point.scattered:.0%}  " if point.scattered else "")
+            + point.plan
+        )
+        out.append(point)
+    return out
+
+
+def fitted(found: list[Point]) -> tuple[float, float]:
+    """The two constants: least squares of relative errors, none below zero."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    seconds = np.array([p.compiled for p in found])
+    counted = np.array([[p.loops, p.stacks] for p in found]) / seconds[:, None]
+    loops, stacks = nnls(counted, np.ones(len(found)))[0]
+    return float(loops), float(stacks)
+
+
+def main(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from redco_like.cli.planning import load
+    from redco_like.validation.fit import COMPILED
+    from redco_like.verify import CHILD, PROBLEM
+    from search.compiler import compile_in_child
+    from search.topology import target_of
+
+    def check(loaded: Loaded, plan: Plan) -> Compiled:
+        request = {
+            "plan": dataclasses.replace(plan, reason="", estimate=None, problem={}).to_json(),
+            "cluster": loaded.cluster.to_json(),
+            "problem": {name: loaded.record[name] for name in PROBLEM if loaded.record.get(name) is not None},
+        }
+        return compile_in_child(CHILD, request, target_of(loaded.cluster))
+
+    start = time.monotonic()
+    found: dict[str, list[Point]] = {}
+    for number, (name, model, cluster, batch, length) in enumerate(CASES, 1):
+        if options.only and name not in options.only:
+            continue
+        print(f"{number}/{len(CASES)} {time.monotonic() - start:4.0f} s  {model} on {cluster}", flush=True)
+        record = {
+            "model": model,
+            "cluster": cluster,
+            "seq_len": length,
+            "global_batch": batch,
+            "optimizer": "adamw",
+            "dtype": "bfloat16",
+            "param_dtype": "float32",
+            "task": "train",
+        }
+        mine = points(load(record, lambda _: None), check, lambda text: print(text, flush=True))
+        for key in {name, "gpu" if name == "gpu" else "tpu"}:
+            found.setdefault(key, []).extend(mine)
+    kinds, passed = {}, True
+    for kind, mine in found.items():
+        fits = [p for p in mine if not p.scattered]
+        loops, stacks = fitted(fits)
+        unhidden = sum(p.waited for p in mine) / max(sum(p.scattered for p in mine), 1e-9)
+        errors = [abs((loops * p.loops + stacks * p.stacks) / p.compiled - 1) for p in fits]
+        values = {"loop_traffic": loops, "stack_traffic": stacks, "unhidden": unhidden}
+        used = {name: COMPILED[kind][name] for name in values if name in COMPILED[kind]}
+        passed &= all(abs(values[name] - value) <= MOST_OFF * max(values[name], value) for name, value in used.items())
+        kinds[kind] = {
+            **{name: round(value, 3) for name, value in values.items()},
+            "used": used,
+            "plans": len(mine),
+            "mean_error": round(float(np.mean(errors)), 3),
+            "largest_error": round(max(errors), 3),
+        }
+        print(f"{kind}: {kinds[kind]}", flush=True)
+    print(
+        json.dumps(
+            {
+                "benchmark": "loop_traffic",
+                "labels": {"loops": "analytic", "stacks": "analytic", "compiled": "compiled"},
+                "machine": platform.processor() or "cpu",
+                "seconds": round(time.monotonic() - start),
+                "kinds": kinds,
+                "rows": [
+                    {"kind": kind, **dataclasses.asdict(p)}
+                    for kind, mine in found.items()
+                    if kind != "tpu"
+                    for p in mine
+                ],
+                "bars": {"constants": MOST_OFF},
+                "passed": passed,
+            }
+        )
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="v5e, v5p, v6e, gpu")
+    sys.exit(main(parser.parse_args()))
