@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.extend.core import Var
 
 from search.cluster import Cluster
 from search.cost import CostModel
@@ -73,8 +74,8 @@ def _routed(layout: Layout) -> Routed | None:
             found = layout.table.calls.get(eqn.outvars[0]) if eqn.outvars else None
             if found is None or not isinstance(found.call, ExpertsCall):
                 continue
-            chosen, hidden = (scope.dims[found.operands[i]][-1] for i in (1, 3))
-            rows = [layout.rows.of(axis) for dim in (chosen, hidden) for axis in leaves(dim)]
+            last = [scope.dims[var][-1] for var in (found.operands[1], found.operands[3]) if isinstance(var, Var)]
+            rows = [layout.rows.of(axis) for dim in last for axis in leaves(dim)]
             if len(rows) == 2 and rows[0] is not None and rows[1] is not None:
                 return Routed(rows[0].name, rows[1].name)
     return None
