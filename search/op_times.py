@@ -189,7 +189,7 @@ class OpTimes:
 
     def seconds(self, place: Placement, sizes_x: Floats, counts_m: Floats) -> OpSeconds:
         """Seconds of one microbatch's operations, for some numbers of microbatches; shape (m, n)."""
-        key = (id(place), tuple(sizes_x), tuple(counts_m), self.efficiency.own_experts)
+        key = (id(place), tuple(sizes_x), tuple(counts_m), self.efficiency.room_for_all)
         if key not in self._layouts:
             if len(self._layouts) >= 32:
                 self._layouts.clear()
@@ -214,7 +214,7 @@ class OpTimes:
         """
         ways_n, taken_nx = self.split(self.axes_nr, place, sizes_x)
         ways_a, taken_ax = self.split(self.array_axes_ar, place, sizes_x)
-        if self.efficiency.own_experts:
+        if self.efficiency.room_for_all:
             whole = [axis for axis, n in ((EXPERT, place.expert), (TENSOR, place.tensor * place.sequence)) if n > 1]
             inside_ax = taken_ax & ~np.isin(AXES, whole)
             ways_a = np.where(self.gathered_a, np.where(inside_ax, sizes_x, 1.0).prod(1), ways_a)

@@ -101,6 +101,7 @@ FIXED: dict[str, dict[str, float]] = {
         "attention": 2 * KERNEL_SHARE,
         "attention_backward": 4 / 7,
         "contiguous": 1.0,
+        "room_for_all": 1.0,
         "links": 1.0,
         **COMPILED["tpu"],
     },
