@@ -55,8 +55,8 @@ class Efficiency:
         stack_traffic: times that what a loop keeps for its backward pass is copied into an array of all iterations, and
             as often out of it: XLA does it, where other software keeps each iteration's arrays.
         own_experts: 1 where experts of a device's own are computed as `pipelines.experts` does: see `search.op_times`.
-        room_for_all: 1 where its arrays with room for the tokens of all devices are moved whole: XLA for GPUs fuses what
-            reads them.
+        room_for_all: 1 where its arrays with room for the tokens of all devices are moved whole; XLA for GPUs fuses
+            what reads them.
         gradient_passes: times that the gradients move through memory when those of a microbatch are added to the sum: 3
             where it is a loop of its own, fewer where products add to it.
         launch_seconds: by kind of accelerator, of one operation: a GPU kernel about 2 us inside a CUDA graph, a TPU

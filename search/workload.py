@@ -243,7 +243,15 @@ def workload_of(step: Step, *, fused_attention: bool = False) -> Workload:
     if all_causal(step):
         ops = [dataclasses.replace(op, causal=op.kind == "attention") for op in ops]
     if any(op.phase == "backward" for op in ops):
-        ops = [*ops, *_stacks(step, fused_attention)]
+        for op in _stacks(step, fused_attention):
+            # Beside what its loop computes: what comes before the first operation of layers, and after the last, is
+            # not of layers.
+            beside = (
+                i
+                for i, o in enumerate(ops)
+                if o.trips == op.trips and (o.phase == "forward") == (op.phase == "forward")
+            )
+            ops.insert(next(beside, len(ops)), op)
     return Workload(tuple(ops), {row.name: row.size for row in step.layout.rows.rows})
 
 
