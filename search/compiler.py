@@ -264,6 +264,7 @@ def _follow(
     while not child.ended():
         child.listen()
         if target.platform == "tpu" and depth == "fast" and (files := _dumped(child, target)):
+            child.listen()  # what it told before it wrote the module, and after the last look
             return _result(child, target, depth, files)
         if child.seconds > limit_seconds:
             raise CompileTimeout(
