@@ -9,7 +9,7 @@ JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 8))")
 
 help:
 	@echo "make demo       train, kill, resume, evaluate and sample a small language model on 8 virtual devices (about 2 minutes)"
-	@echo "make test       all quick tests (about 9 minutes on 2 cores)"
+	@echo "make test       all quick tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests too;  make test-aot  tests that compile for TPUs with no TPU"
 	@echo "make test-reference  models and weights against transformers and torch"
 	@echo "make lint       ruff and pyright;    make lock      pin the newest versions in requirements.lock"
