@@ -5,8 +5,8 @@ Bars, for a random Llama of 1 GB in bfloat16 (five files), on 8 CPU devices, rea
 
 - the process grows, at its peak, by at most 1.3 times the shards it then holds, plus 64 MB. CPU devices keep their
   arrays in the host's memory, so the shards themselves are in that figure; what is beside them is stated too.
-- loading takes at most 1.5 times as long as `safetensors.numpy.load_file` of the same files, which copies each tensor once
-  and neither transposes nor shards it, as it is kept. Both read files that are in the page cache.
+- loading takes at most 1.5 times as long as `safetensors.numpy.load_file` of the same files, which copies each tensor
+  once and neither transposes nor shards it, as it is kept. Both read files that are in the page cache.
 
 Memory: a process of its own for each case; peak resident memory (VmHWM) while loading, less what was resident before
 it, when a tiny model has been loaded the same way, so that code and traces are there. Time: in one process, in turn;

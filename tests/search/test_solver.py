@@ -173,7 +173,7 @@ def test_search_equals_brute_force(block):
     check_against_brute_force(range(20 * block, 20 * block + 20))
 
 
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize("block", range(4))
 def test_search_over_what_is_planned_equals_brute_force(block):
     check_against_brute_force(range(100 + 8 * block, 108 + 8 * block), allow_planned=True)
 
