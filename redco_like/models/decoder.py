@@ -17,7 +17,7 @@ import numpy as np
 
 from redco_like.models.attention import EVERYTHING, Attention, Cache, Context, LatentAttention, PerLayer
 from redco_like.models.config import ModelConfig
-from redco_like.models.layers import Hidden, Mixture, dense, norm, normal
+from redco_like.models.layers import Hidden, Mixture, dense, learned_positions, norm, normal
 from redco_like.models.rotary import rotary
 
 
@@ -177,11 +177,7 @@ class Decoder(nn.Module):
             x_BLD *= jnp.asarray(c.embed**0.5, self.dtype)
         if c.position == "learned":
             table_PD = self.param("positions", normal, (c.max_length + c.position_offset, c.embed)).astype(self.dtype)
-            start = c.position_offset if position is None else position + c.position_offset
-            if position is not None and position.ndim:
-                x_BLD += table_PD[position[:, None] + jnp.arange(c.position_offset, c.position_offset + L)[None]]
-            else:
-                x_BLD += jax.lax.dynamic_slice_in_dim(table_PD, start, L)[None]
+            x_BLD += learned_positions(table_PD, L, position, c.position_offset)
         turn = near = None
         if c.position == "rotary":
             # Of a cache, how much it can hold: what is written to it is turned once.

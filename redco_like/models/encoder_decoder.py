@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from redco_like.models.attention import Attention, Cache, Context, PerLayer, attend, load, store
 from redco_like.models.config import ModelConfig
-from redco_like.models.layers import Hidden, dense, norm, normal
+from redco_like.models.layers import Hidden, dense, learned_positions, norm, normal
 from sharding_rules.kernels import distances
 
 
@@ -126,11 +126,7 @@ class Stack(nn.Module):
             bias = bucket_bias(table_RN, L, M, position, both_ways=not self.decoder, distance=c.bucket_distance)
         else:
             table_PD = self.param("positions", normal, (c.max_length + c.position_offset, c.embed)).astype(self.dtype)
-            start = c.position_offset if position is None else position + c.position_offset
-            if position is not None and position.ndim:
-                x_BLD += table_PD[position[:, None] + jnp.arange(c.position_offset, c.position_offset + L)[None]]
-            else:
-                x_BLD += jax.lax.dynamic_slice_in_dim(table_PD, start, L)[None]
+            x_BLD += learned_positions(table_PD, L, position, c.position_offset)
             x_BLD = norm(c, self.dtype, "embed_norm")(x_BLD)
         stack = nn.scan(
             Layer,

@@ -153,6 +153,19 @@ def balance_loss(gates_BLE: jax.Array, expert_BLJ: jax.Array) -> jax.Array:
     return E * jnp.sum(share_E * (gates_BLE / gates_BLE.sum(-1, keepdims=True)).mean((0, 1)))
 
 
+def learned_positions(table_PD: jax.Array, length: int, position: jax.Array | None, offset: int) -> jax.Array:
+    """Rows of a table of positions for `length` tokens: (1, L, D), or (B, L, D) where each row has its own position.
+
+    Args:
+        position: of the first token, a scalar or one per row (B,); None for 0.
+        offset: rows of the table that stand before position 0.
+    """
+    if position is not None and position.ndim:
+        return table_PD[position[:, None] + jnp.arange(offset, offset + length)[None]]
+    start = offset if position is None else position + offset
+    return jax.lax.dynamic_slice_in_dim(table_PD, start, length)[None]
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p(label) in float32 and the number of labels; a negative label is left out."""
     wide = logits.astype(jnp.float32)

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 import zoo
+from tiny_architectures import tiny
 
+from redco_like.problem import load_problem
 from search.cluster import parse_cluster
 from search.collectives import collective_seconds
 from search.cost import Columns, CostModel, Flow, Placement
@@ -20,7 +22,7 @@ from search.memory import step_bytes
 from search.space import Inner, Space
 from search.traced_model import TracedModel
 from search.workload import Array, Op, Workload
-from sharding_rules import AXES, FSDP, TENSOR, MeshShape, PlanError, make_layout, trace
+from sharding_rules import AXES, CONTEXT, FSDP, TENSOR, MeshShape, PlanError, make_layout, trace
 
 BATCH = 8
 CLUSTER = parse_cluster("8xA100")
@@ -343,3 +345,48 @@ def test_mfu_of_the_floor_is_below_one():
     floor = model.costs.floor(8)
     assert 0 < model.costs.mfu(floor, 8) <= 1
     assert math.isclose(model.costs.floor(16), floor / 2)
+
+
+# As XLA runs them.
+
+
+@pytest.mark.parametrize("causal, slowest", [(True, 2 - 1 / 4), (False, 1.0)])
+def test_the_last_part_of_a_causal_sequence_takes_longest(causal, slowest):
+    q = (("batch",), ("length",))
+    op = dataclasses.replace(
+        one_product().ops[0], kind="attention", axes=("batch", "length"), contracted=(), causal=causal, m=0, n=0, k=0
+    )
+    op = dataclasses.replace(op, flops=10**13, reads=(Array(2, q, False),), writes=())
+    place = by_hand()
+    rows = np.zeros((2, len(AXES)), bool)
+    rows[1, AXES.index(CONTEXT)] = True
+    place = dataclasses.replace(
+        place, context=4, rows=rows, spill=np.zeros_like(rows), beyond=np.zeros(2, bool), groups=np.zeros(2, bool)
+    )
+    work = Workload((op,), {"batch": 8, "length": 4096})
+    seconds = [
+        CostModel(CLUSTER, {"none": work}, efficiency=Efficiency(contiguous=c, launch_seconds=(("gpu", 0.0),))).seconds(
+            place, columns()
+        )
+        for c in (0.0, 1.0)
+    ]
+    np.testing.assert_allclose(seconds[1].compute, slowest * seconds[0].compute, rtol=1e-12)
+
+
+def test_own_experts_make_hidden_values_again_and_keep_none():
+    found = load_problem(tiny("mixtral-8x7b"), seq_len=16, global_batch=8)
+    model = TracedModel(found.traced, found.opt_state, CLUSTER)
+    place = placed(model, expert=2, batch_shards=4)
+    ops = model.costs.ops[model.costs.remats.index("none")]
+    sizes = np.array([{"expert": 2.0, "fsdp": 4.0}.get(axis, 1.0) for axis in AXES])
+    plain = dict(half_size=0.0, half_depth=0.0, stack_traffic=1.0)
+    other, own = (
+        ops.on(CLUSTER, Efficiency(**plain, own_experts=x, room_for_all=x)).seconds(place, sizes, np.ones(1))
+        for x in (0.0, 1.0)
+    )
+    ragged, stacks = ops.kind_n == "ragged", ops.kind_n == "stack"
+    # Nine products of a gated expert, forward and backward, and up and gate once more.
+    np.testing.assert_allclose(own.flops[0, ragged].sum(), 11 / 9 * other.flops[0, ragged].sum())
+    assert own.bytes[0, stacks].sum() < other.bytes[0, stacks].sum()
+    loops = ~ragged & ~stacks & ~ops.product_n
+    assert own.bytes[0, loops].sum() > other.bytes[0, loops].sum()

@@ -535,3 +535,22 @@ def test_full_remat_keeps_the_inputs_of_blocks():
     assert carry.axes == (("batch",), ("length",), ("embed",))
     assert carry.bytes == 4 * BATCH * s.length * s.embed * s.layers
     assert carry.activation
+
+
+# What loops keep.
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_what_a_loop_keeps_is_copied_in_and_out_of_a_stack(remat):
+    traced = traced_model("llama_scanned")
+    kept = sum(s.bytes for s in saved_activations(traced, remat) if s.trips > 1 and s.activation)
+    copies = [op for op in workload(traced, remat=remat).ops if op.kind == "stack"]
+    for phase in ("forward", "backward"):
+        mine = [op for op in copies if op.phase == phase]
+        assert (
+            sum(op.bytes_read * op.trips for op in mine) == sum(op.bytes_written * op.trips for op in mine) == kept > 0
+        )
+
+
+def test_layers_written_out_have_no_stacks():
+    assert not [op for op in workload(traced_model("llama_unrolled")).ops if op.kind == "stack"]
