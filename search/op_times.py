@@ -199,13 +199,17 @@ class OpTimes:
         batch_mn = np.maximum(self.arithmetic_n / parts_mn / (2 * local_3mn.prod(0)), 1.0)
         share_mn = self.efficiency.product(*local_3mn, batch=batch_mn, speed=self.speed_n) / self.efficiency.matmul
         rate_mn = np.where(self.product_n, self.rate_n * share_mn, self.rate_n)
-        own = self.efficiency.own_experts if place.expert > 1 else 0.0
-        trips_n = self.trips_n * (1 + own * (self.own_n - 1))
+        trips_n = self._executions(place)
         return OpSeconds(
             trips_n * (self.flops_n / parts_mn / rate_mn) * (1 + self.efficiency.contiguous * slowest_n),
             trips_n * moved_mn * self.traffic_n,
             trips_n * self.launch_n,
         )
+
+    def _executions(self, place: Placement) -> Floats:
+        """How often each operation runs in a step."""
+        own = self.efficiency.own_experts if place.expert > 1 else 0.0
+        return self.trips_n * (1 + own * (self.own_n - 1))
 
     def _layout(self, place: Placement, sizes_x: Floats, counts_m: Floats) -> tuple[Floats, ...]:
         """Of every operation on a device: parts of its work, bytes, the sizes of a product, and how much more than the
@@ -253,7 +257,8 @@ class OpTimes:
         found = self.seconds(place, sizes_x, counts_m)
         loops, stacks = np.isin(self.kind_n, LOOPS), self.kind_n == "stack"
         which = {"loops": loops, "stacks": stacks, "rest": ~loops & ~stacks & (found.bytes > found.flops)}
-        return {name: counts_m * (self.trips_n * moved_mn * mask).sum(-1) for name, mask in which.items()}
+        trips_n = self._executions(place)
+        return {name: counts_m * (trips_n * moved_mn * mask).sum(-1) for name, mask in which.items()}
 
     def by_group(self, seconds_mn: Floats) -> Floats:
         """Sums over the operations of each region and pass; shape (m, regions, passes)."""
@@ -266,8 +271,7 @@ class OpTimes:
         ways_n, _ = self.split(self.axes_nr, place, sizes_x)
         ways_a, _ = self.split(self.array_axes_ar, place, sizes_x)
         flops_n = self.flops_n / self.rate_n / ways_n
-        own = self.efficiency.own_experts if place.expert > 1 else 0.0
-        trips_n = self.trips_n * (1 + own * (self.own_n - 1))
+        trips_n = self._executions(place)
         return float((trips_n * np.maximum(flops_n, self.moved_seconds(ways_a))).sum())
 
     def floor(self) -> float:

@@ -129,7 +129,7 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """Read and written by the whole step."""
+        """Read and written by the whole step, what is copied into stacks and out of them included."""
         return sum((op.bytes_read + op.bytes_written) * op.trips for op in self.ops)
 
     @property
