@@ -26,11 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from pipelines import resolve_plan
-from pipelines.devices import cluster_here
-from pipelines.generation import CachedModel, GenerationPrograms, Plans, SamplingParams, Scheduler, Shape, Sizes
+from pipelines.generation import SamplingParams, Scheduler, Sizes
 from pipelines.generation import Sequence as Continuation
 from pipelines.generation.programs import (
     ERROR,
@@ -40,23 +37,19 @@ from pipelines.generation.programs import (
     Compilation,
     Decoding,
     Reading,
-    decode_problem,
-    read_problem,
 )
 from pipelines.generation.sampling import ENDS, STOP_TOKENS, settings_of
 from pipelines.generation.scheduler import Copy, Finish, Row, Work
 from pipelines.problem import cast_floats
 from redco_like.deployer import Deployer
-from redco_like.predictor import home_of
+from redco_like.engine_layout import SMALLEST, classes, functions_of, make_plans, make_programs, piece_shapes
 from search import Plan
-from sharding_rules import CONTEXT, MeshShape, PlanError, abstract, make_mesh, path_str
+from sharding_rules import MeshShape, abstract, path_str
 
 if TYPE_CHECKING:
     from redco_like.models.model import Model
 
 FINISHES: dict[int, Finish | None] = {GOING: None, STOP: "stop", LENGTH: "length", ERROR: "error"}
-SMALLEST = 128
-"""Positions of the smallest class of length for decoding; reading starts with twice as many."""
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +176,8 @@ class Engine:
         self._vocab = model.config.vocab
         self._apart: Callable[[Any], Any] | None = None
         self._steps = steps_per_dispatch
-        functions = _functions(model, length)
-        plans, on_mesh = _plan(
+        functions = functions_of(model, length)
+        plans, on_mesh = make_plans(
             functions,
             params,
             plan=plan,
@@ -206,7 +199,7 @@ class Engine:
             length,
             classes(length, 2, SMALLEST),
             classes(length, 4, 2 * SMALLEST),
-            _shapes(min(chunk_tokens, length), rows // shards),
+            piece_shapes(min(chunk_tokens, length), rows // shards),
             steps_per_dispatch,
         )
         if (
@@ -217,10 +210,10 @@ class Engine:
             from redco_like.models.decoder import unroll
             from redco_like.models.model import unrolled
 
-            functions = _functions(unrolled(model), length)
+            functions = functions_of(unrolled(model), length)
             self._apart = unroll
         params = self._laid_out(params)
-        self.programs = _programs(functions, abstract(params), plans, on_mesh, sizes)
+        self.programs = make_programs(functions, abstract(params), plans, on_mesh, sizes)
         self._place(params)
         self._cache, self._seen = self.programs.new_cache()
         self._scheduler = Scheduler(rows=rows, length=length, shapes=sizes.shapes, shards=shards)
@@ -512,101 +505,6 @@ class Engine:
         for shard, numbers in rows.items():
             local[shard, : len(numbers)] = [row - shard * count for row in numbers]
         return local
-
-
-def _functions(model: Model, length: int) -> CachedModel:
-    def read(params: Any, tokens: Any, cache: Any, position: Any, last: Any, reach: int) -> Any:
-        return model.read(params, tokens, cache, position, last_B=last, reach=reach, length=length)
-
-    return CachedModel(model.init_cache, read, model.config.vocab)
-
-
-def classes(length: int, factor: int, size: int) -> tuple[int, ...]:
-    """Classes of length from `size` on, each `factor` times the one before, the last one `length` itself.
-
-    >>> classes(2048, 2, 256)
-    (256, 512, 1024, 2048)
-    >>> classes(1000, 4, 256)
-    (256, 1000)
-    """
-    sizes = []
-    while size < length:
-        sizes.append(size)
-        size *= factor
-    return (*sizes, length)
-
-
-def _shapes(tokens: int, rows: int) -> tuple[Shape, ...]:
-    """Pieces of prompts: one long one, or four short ones, or a short one."""
-    short = max(tokens // 4, 1)
-    return tuple(dict.fromkeys((Shape(1, tokens), Shape(min(4, rows), short), Shape(1, short))))
-
-
-def _plan(
-    functions: CachedModel,
-    params: Any,
-    *,
-    plan: Any,
-    mesh: MeshShape | None,
-    devices: list[Any],
-    dtype: str,
-    rows: int,
-    length: int,
-    chunk_tokens: int,
-) -> tuple[Plans, Mesh]:
-    """The plans, and their mesh: the parameters' own if they live on one that fits."""
-    home = home_of(params)
-    shapes = cast_floats(abstract(params), dtype)
-    given = plan if isinstance(plan, tuple) else (plan, plan)
-    if mesh is None and home is not None and all(isinstance(p, str) and not p.endswith(".json") for p in given):
-        mesh = MeshShape(**home.shape)
-    if mesh is not None:
-        if mesh.size > len(devices):
-            raise ValueError(f"mesh {mesh} needs {mesh.size} devices, but {len(devices)} are there")
-        devices = devices[: mesh.size]
-
-    def resolve(plan: Any, mesh: MeshShape | None, problem: Callable[[], Any]) -> Plan:
-        if plan == "auto" and len(devices) == 1:
-            return Plan(MeshShape(), "data", compute_dtype=dtype, reason="there is one device")
-        return resolve_plan(
-            plan,
-            n_devices=len(devices),
-            mesh=mesh,
-            problem=problem,
-            cluster=lambda: cluster_here(devices),
-            compute_dtype=dtype,
-            training=False,
-            forbid=(CONTEXT,),  # the positions of a row stay together
-        )
-
-    decode = resolve(given[1], mesh, lambda: (decode_problem(functions, shapes, rows, length, length), {}))
-    shards = decode.mesh.batch_shards
-    prefill = resolve(
-        given[0], decode.mesh, lambda: (read_problem(functions, shapes, shards, chunk_tokens, length), {})
-    )
-    at_home = home is not None and MeshShape(**home.shape) == decode.mesh
-    devices = devices[: decode.mesh.size]
-    return Plans(prefill, decode), home if home is not None and at_home else make_mesh(
-        decode.mesh, devices, order=decode.order
-    )
-
-
-def _programs(
-    functions: CachedModel, abstract_params: Any, plans: Plans, mesh: Mesh, sizes: Sizes
-) -> GenerationPrograms:
-    """Programs under both plans; under that of decoding alone, where a planned one would need parameters of its own."""
-
-    def build(plans: Plans) -> GenerationPrograms:
-        return GenerationPrograms(functions, abstract_params, plans=plans, mesh=mesh, sizes=sizes)
-
-    planned = "auto" if plans.prefill.estimate is not None and plans.prefill != plans.decode else ""
-    try:
-        programs = build(plans)
-    except PlanError:
-        if not planned:
-            raise
-        return build(Plans(plans.decode, plans.decode))
-    return build(Plans(plans.decode, plans.decode)) if planned and programs.params_twice else programs
 
 
 def _forms(params: Any) -> list[Any]:

@@ -17,7 +17,8 @@ import numpy as np
 
 from pipelines.generation import SamplingParams
 from pipelines.problem import cast_floats
-from redco_like.engine import SMALLEST, Completion, Engine
+from redco_like.engine import Completion, Engine
+from redco_like.engine_layout import SMALLEST
 
 if TYPE_CHECKING:
     from redco_like.models.model import Model
