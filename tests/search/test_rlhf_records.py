@@ -71,7 +71,7 @@ def test_graphs_that_are_none_are_refused(calls, message):
 
 def test_bad_calls_and_workloads_are_refused():
     with pytest.raises(ValueError, match="kind='run'; one of generate, score, train"):
-        Call("a", "m", "run", ())
+        Call("a", "m", "run", ())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="prompts=0"):
         Workload(0, 1, 1)
     with pytest.raises(ValueError, match="12 sequences do not split into minibatches=5; nearest: 4"):
