@@ -16,11 +16,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import math
 import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +33,7 @@ from pipelines.problem import abstract_init, cast_floats, split_trainable, trace
 from pipelines.train import TrainProgram, build_train_program
 from redco_like.models import ModelConfig, architecture, architectures
 from redco_like.models.hf import read_config
+from redco_like.run_file import blamed, call_of_file
 from search import Plan
 from search.attention import runs_as_kernel
 from sharding_rules import TracedFunction, abstract, trace
@@ -296,7 +294,7 @@ def _of_run_file(path: Path, options: _Options) -> ModelProblem:
         raise ValueError(
             f"{path}: optimizer is a {type(optimizer).__name__}, not an optax optimizer such as optax.adam"
         )
-    with _blamed(path):
+    with blamed(path):
         batch = _run_file_batch(fields, path, options.global_batch)
         values = abstract_init(loss_fn, init_fn, options.param_dtype)
         traced = trace_loss(loss_fn, values, batch, training=True, compute_dtype=options.dtype)
@@ -351,30 +349,7 @@ def _run_file_batch(fields: Callable[[str], Any], path: Path, global_batch: int 
 
 def _read_run_file(path: Path) -> Callable[[str], Any]:
     """Run a file and its `get_config`; the result as a function from a name to a value or None."""
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ValueError(f"there is no run file {path}{hint}")
-    name = f"redco_like_run_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} cannot be read as Python")
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    sys.modules[name] = module  # dataclasses of the file look their module up
-    sys.path.insert(0, folder)
-    try:
-        with _blamed(path):
-            spec.loader.exec_module(module)
-        if not callable(get_config := getattr(module, "get_config", None)):
-            raise ValueError(
-                f"{path} has no function get_config(); it returns a dict with loss_fn, init_fn, optimizer and batch"
-            )
-        with _blamed(path):
-            config = get_config()
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
+    config = call_of_file(path, "get_config", "a dict with loss_fn, init_fn, optimizer and batch")
     if isinstance(config, Mapping):
         return config.get
     if config is None or isinstance(config, str | int | float | list | tuple):
@@ -391,29 +366,6 @@ def _need(fields: Callable[[str], Any], name: str, path: Path) -> Any:
             "(or collate_fn, examples and global_batch)"
         )
     return value
-
-
-class _blamed:
-    """Turn what a user's file raises into a ValueError of one line, with the exception and where in the file it was."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception | SystemExit):
-            return
-        own = self.path.resolve()
-        lines = [f.lineno for f in traceback.extract_tb(trace) if Path(f.filename).resolve() == own]
-        if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve() == own:
-            lines.append(error.lineno)
-        if not lines and isinstance(error, ValueError):
-            return
-        where = f"{self.path}:{lines[-1]}" if lines else str(self.path)
-        message = " ".join(str(error).split()) or "no message"
-        raise ValueError(f"{where} raised {type(error).__name__}: {message}") from error
 
 
 def _check_name(what: str, name: str, known: Any) -> None:
