@@ -7,6 +7,7 @@
 No network, no script from elsewhere: the page can be mailed, printed and kept.
 """
 
+from redco_like.report.execution import write_execution_report
 from redco_like.report.page import report_html, write_report
 
-__all__ = ["report_html", "write_report"]
+__all__ = ["report_html", "write_execution_report", "write_report"]

@@ -84,6 +84,11 @@ def report_html(
         if sensitivity is None and model is not None and result is not None:
             sensitivity = search.sensitivity(model, [row.plan for row in rows])
         sections += [_table(rows, sensitivity or ()), _axes(best.plan, model, problem), _file(best.plan)]
+    return whole_page(title, sections)
+
+
+def whole_page(title: str, sections: Sequence[Markup]) -> str:
+    """A page from its sections, with the style and the script that they need."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -145,14 +150,14 @@ def _headline(title: str, problem: Any, rows: Sequence[Row], result: SearchResul
     top.append(
         tag(
             "dl",
-            _stat("Step time", seconds(e.seconds_per_step), f"{seconds(e.low_seconds)} to {seconds(e.high_seconds)}"),
-            _stat(
+            stat("Step time", seconds(e.seconds_per_step), f"{seconds(e.low_seconds)} to {seconds(e.high_seconds)}"),
+            stat(
                 f"{unit.capitalize()} per second",
                 amount(e.tokens_per_second),
                 f"{amount(e.tokens_per_second / devices)} per device",
             ),
-            _stat("Model FLOPs utilisation", percent(e.mfu), f"{amount(e.flops)}FLOP per step on {devices:,} devices"),
-            _stat(
+            stat("Model FLOPs utilisation", percent(e.mfu), f"{amount(e.flops)}FLOP per step on {devices:,} devices"),
+            stat(
                 "Memory per device",
                 gib(e.bytes_per_device),
                 f"{percent(e.bytes_per_device / max(e.usable_bytes, 1))} of {gib(e.usable_bytes)} usable",
@@ -181,7 +186,7 @@ def _count(number: Any) -> str:
     return f"{number:,.0f}" if number < 1e6 else amount(number)
 
 
-def _stat(name: str, value: str, more: str) -> Markup:
+def stat(name: str, value: str, more: str) -> Markup:
     return tag("div", tag("dt", name), tag("dd", value, class_="big"), tag("dd", more, class_="sub"))
 
 
@@ -200,12 +205,12 @@ def _compared(rows: Sequence[Row]) -> Markup:
     memory = {k: w for r in rows for k, w, _ in memory_parts(r.estimate) if k != "optimizer"}
     if "optimizer" in time or any(r.estimate.memory.get("optimizer") for r in rows):
         time["optimizer"] = "optimizer: step and state"
-    return _section(
+    return section(
         "memory",
         "Time and memory",
         said,
-        _keys({**time, **memory}),
-        _both(lambda width: draw_plans(rows, width)),
+        keys({**time, **memory}),
+        both(lambda width: draw_plans(rows, width)),
         caption="Whiskers: interval of the step time from the errors of the model's constants.",
     )
 
@@ -232,12 +237,12 @@ def _timeline(row: Row, model: TracedModel | None, problem: Any) -> Markup:
             "Lengths are the estimate's. The collectives of a pass, in truth spread over its layers, are drawn "
             "together at its end."
         )
-    return _section(
+    return section(
         "timeline",
         "One step",
         said,
-        _keys({**kinds, "idle": "idle"}),
-        _both(lambda width: draw_timeline(step, width)),
+        keys({**kinds, "idle": "idle"}),
+        both(lambda width: draw_timeline(step, width)),
         caption=caption,
     )
 
@@ -245,19 +250,19 @@ def _timeline(row: Row, model: TracedModel | None, problem: Any) -> Markup:
 def _communication(e: Estimate, plan: Plan) -> Markup:
     total = sum(row["bytes"] for row in e.communication.values())
     if not total:
-        return _section("communication", "Communication", "Devices exchange nothing.")
+        return section("communication", "Communication", "Devices exchange nothing.")
     most = max(e.communication, key=lambda axis: e.communication[axis]["seconds"])
     waits = sum(exposed(e).values())
     said = (
         f"Collectives of a device move {gib(total)} per step, longest over {most}; "
         f"compute waits for them {seconds(waits)}, {_of(waits, e)} of the step."
     )
-    return _section(
+    return section(
         "communication",
         "Communication by mesh axis",
         said,
-        _keys({"hidden": "behind compute", "exposed": "compute waits"}),
-        _both(lambda width: draw_communication(e, plan.mesh.sizes, width)),
+        keys({"hidden": "behind compute", "exposed": "compute waits"}),
+        both(lambda width: draw_communication(e, plan.mesh.sizes, width)),
         caption="Per device and step. Waiting includes the slow-down of compute and collectives that run side by side.",
     )
 
@@ -270,12 +275,12 @@ def _pareto(front: Sequence[Row], rows: Sequence[Row]) -> Markup:
         f"The least memory is {gib(least.estimate.bytes_per_device)}, at {slower:.2f} times the winner's step time: "
         f"{mesh_words(least.plan)}, {how_words(least.plan)}."
     )
-    return _section(
+    return section(
         "pareto",
         "Time against memory",
         said,
-        _keys({"winner": "winner", "runner": "runners-up", "point": "the front"}),
-        _both(lambda width: draw_pareto(front, rows, width)),
+        keys({"winner": "winner", "runner": "runners-up", "point": "the front"}),
+        both(lambda width: draw_pareto(front, rows, width)),
         caption=f"The {len(front)} plans that no other beats in both; numbers are those of the plans above. Point at "
         "one for what it is.",
     )
@@ -296,22 +301,22 @@ def _table(rows: Sequence[Row], sensitivity: Sequence[Sensitivity]) -> Markup:
             tag("p", said),
             sensitivity_table(sensitivity, [row.name for row in rows]),
         ]
-    return _section("plans", title, "", plans_table(rows), *more, long=True)
+    return section("plans", title, "", plans_table(rows), *more, long=True)
 
 
 def _axes(plan: Plan, model: TracedModel | None, problem: Any) -> Markup:
     try:
         layout = _layout(plan, model, problem)
     except PlanError as error:
-        return _section("axes", "Axes", f"There is no table of axes: {error}")
+        return section("axes", "Axes", f"There is no table of axes: {error}")
     if layout is None:
-        return _section("axes", "Axes", "The table of axes needs the model; this page was made from the plan alone.")
+        return section("axes", "Axes", "The table of axes needs the model; this page was made from the plan alone.")
     count, size = params_total(layout, plan.param_dtype)
     said, whose = "Every array of the step follows from this table.", "per device"
     if plan.mesh.stage > 1:
         said += f" The {plan.mesh.stage} pipeline stages have some layers each; the table is that of all of them."
         whose = "of all stages' devices at one place of the rest of the mesh"
-    return _section(
+    return section(
         "axes",
         "What is split over what",
         said,
@@ -338,18 +343,18 @@ def _file(plan: Plan) -> Markup:
 # Parts of sections.
 
 
-def _section(name: str, title: str, said: str, *children: Markup, caption: str = "", long: bool = False) -> Markup:
+def section(name: str, title: str, said: str, *children: Markup, caption: str = "", long: bool = False) -> Markup:
     more = [tag("p", caption, class_="soft caption")] if caption else []
     lede = [tag("p", said)] if said else []
     return tag("section", tag("h2", title), *lede, *children, *more, id=name, class_="long" if long else None)
 
 
-def _both(draw: Callable[[int], Markup]) -> Markup:
+def both(draw: Callable[[int], Markup]) -> Markup:
     """A figure for wide screens and paper, and one for phones."""
     return tag("figure", tag("div", draw(WIDE), class_="wide"), tag("div", draw(NARROW), class_="narrow"))
 
 
-def _keys(kinds: dict[str, str]) -> Markup:
+def keys(kinds: dict[str, str]) -> Markup:
     return tag("ul", *(tag("li", tag("i", class_=kind), words) for kind, words in kinds.items()), class_="keys")
 
 

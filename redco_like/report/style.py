@@ -49,7 +49,7 @@ text.strong{font-weight:650;fill:var(--fg)}
 text.mark{paint-order:stroke;stroke:var(--bg);stroke-width:3px}
 text.limit-text{fill:var(--limit)}
 text.on{font-size:11px;fill:var(--on-dark);pointer-events:none}
-text.on.backward,text.on.hidden{fill:var(--on-light)}
+text.on.backward,text.on.score,text.on.hidden{fill:var(--on-light)}
 .axis{stroke:var(--soft);stroke-width:1}
 .grid{stroke:var(--faint);stroke-width:1}
 .rule{stroke:var(--faint);stroke-width:1}
@@ -115,6 +115,11 @@ KINDS = {
     "gradients": "gradients",
     "activations": "activations",
     "transient": "transient",
+    "generate": "weight",
+    "score": "backward",
+    "train": "forward",
+    "reallocate": "exposed",
+    "onload": "offload",
 }
 """Kind of a block -> the colour it has."""
 
