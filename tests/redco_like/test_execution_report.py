@@ -1,5 +1,6 @@
 """The page and the tables of an execution plan: everything is there, drawn within its lanes, and escaped."""
 
+import dataclasses
 import re
 
 import pytest
@@ -15,10 +16,20 @@ RECT = re.compile(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str
+    faint: bool
+    tip: str
+
+
 def blocks(markup):
-    return [
-        (*(float(x) for x in found.groups()[:4]), found[5], bool(found[6]), found[7]) for found in RECT.finditer(markup)
-    ]
+    found = RECT.finditer(markup)
+    return [Drawn(*(float(x) for x in m.groups()[:4]), m[5], bool(m[6]), m[7]) for m in found]  # pyright: ignore
 
 
 def test_lanes_are_runs_of_devices_that_do_the_same():
@@ -28,25 +39,24 @@ def test_lanes_are_runs_of_devices_that_do_the_same():
 def test_blocks_cover_their_devices_and_times():
     plan = execution()
     drawn = blocks(draw_gantt(plan, 960, upto=plan.period_seconds))
-    own = {tip.partition("\n")[0]: (x, y, width, height) for x, y, width, height, _, odd, tip in drawn if not odd}
+    own = {block.tip.partition("\n")[0]: block for block in drawn if not block.faint}
     assert set(own) == {busy.what for busy in plan.timeline}
-    per_second = own["generate"][2] / 4.0
-    assert own["reward"][2] == pytest.approx(1.0 * per_second, abs=0.2)
-    assert own["generate"][0] + own["generate"][2] == pytest.approx(own["reward"][0], abs=0.2)
+    per_second = own["generate"].width / 4.0
+    assert own["reward"].width == pytest.approx(1.0 * per_second, abs=0.2)
+    assert own["generate"].x + own["generate"].width == pytest.approx(own["reward"].x, abs=0.2)
     # Three lanes, two lanes, one lane.
-    assert own["generate"][3] > own["train_actor"][3] > own["train_critic"][3]
-    assert own["train_actor"][1] == own["generate"][1]
-    assert own["train_critic"][1] > own["reference"][1] > own["reward"][1]
+    assert own["generate"].height > own["train_actor"].height > own["train_critic"].height
+    assert own["train_actor"].y == own["generate"].y
+    assert own["train_critic"].y > own["reference"].y > own["reward"].y
 
 
 def test_what_reaches_beyond_the_period_comes_back_faint():
     plan = execution()
     drawn = blocks(draw_gantt(plan, 960, upto=plan.period_seconds))
-    faint = [block for block in drawn if block[5]]
-    assert [(kind, tip.partition(",")[0]) for *_, kind, _, tip in faint] == [("train", "train_critic")]
-    assert "of the iteration before" in faint[0][6]
-    first = min(block[0] for block in drawn)
-    assert faint[0][0] == first
+    (faint,) = [block for block in drawn if block.faint]
+    assert faint.kind == "train"
+    assert faint.tip.startswith("train_critic, of the iteration before")
+    assert faint.x == min(block.x for block in drawn)
 
 
 def test_idle_share_is_what_the_blocks_leave():
@@ -57,7 +67,7 @@ def test_idle_share_is_what_the_blocks_leave():
 
 def test_memory_is_below_its_limit_where_it_fits():
     markup = draw_memory(execution(), 960)
-    tall = [height for _, _, _, height, kind, *_ in blocks(markup) if kind == "params"]
+    tall = [block.height for block in blocks(markup) if block.kind == "params"]
     assert len(tall) == 7
     assert max(tall) < 74
     assert "of 73.0 GiB usable" in markup
