@@ -150,7 +150,8 @@ class Decoder(nn.Module):
 
     With a cache and no position the tokens are a prompt, and only the last token's logits are made: (B, 1, V). With
     `last_B` these are the logits of the token of that index in each row. Where rows have positions of their own (B,),
-    the cache is only read, and instead of it comes what it gets for these tokens.
+    the cache is only read, and instead of it comes what it gets for these tokens. With `hidden` what logits would be
+    made of comes in their place: (B, L, D), after the last norm.
     """
 
     config: ModelConfig
@@ -166,6 +167,7 @@ class Decoder(nn.Module):
         last_B: jax.Array | None = None,
         reach: int | None = None,
         longest: int | None = None,
+        hidden: bool = False,
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         c = self.config
         L = tokens_BL.shape[1]
@@ -197,6 +199,8 @@ class Decoder(nn.Module):
             x_BLD = x_BLD[:, -1:]
         if c.final_norm:
             x_BLD = norm(c, self.dtype, "norm")(x_BLD)
+        if hidden:
+            return x_BLD, cache, balance
         if c.token_width:
             x_BLD = dense(c.token_width, "embed_out", False, self.dtype)(x_BLD)
         if c.tied:

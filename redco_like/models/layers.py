@@ -168,8 +168,13 @@ def learned_positions(table_PD: jax.Array, length: int, position: jax.Array | No
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p(label) in float32 and the number of labels; a negative label is left out."""
-    wide = logits.astype(jnp.float32)
     counted = labels >= 0
-    picked = jnp.take_along_axis(wide, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    loss = jnp.where(counted, jax.nn.logsumexp(wide, axis=-1) - picked, 0.0)
+    loss = jnp.where(counted, label_loss(logits, jnp.maximum(labels, 0)), 0.0)
     return loss.sum(), counted.sum().astype(jnp.float32)
+
+
+def label_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log p(label) in float32, of the shape of the labels."""
+    wide = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(wide, labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(wide, axis=-1) - picked

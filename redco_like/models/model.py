@@ -102,11 +102,31 @@ class Model:
                 tokens_BL = jnp.where(shifted_BL < 0, c.start_token, shifted_BL)
                 logits, _ = apply(variables, tokens_BL, source=batch["source"], keep=batch.get("mask"))
                 return cross_entropy(logits, labels)
-        logits, _, balance = apply(variables, batch["tokens"])
+        logits, balance = self.forward(params, batch["tokens"])
         total, count = cross_entropy(logits, labels)
         if c.experts is not None and c.experts.balance:
             total += c.experts.balance * balance * count
         return total, count
+
+    def forward(self, params: Any, tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Read whole sequences: a decoder's logits (B, L, V), and the experts' balance loss (0 where there are none).
+
+        Raises:
+            ValueError: another kind of model.
+        """
+        self._check_whole()
+        logits_BLV, _, balance = self.module.apply({"params": params}, tokens_BL)
+        return logits_BLV, balance
+
+    def hidden(self, params: Any, tokens_BL: jax.Array) -> jax.Array:
+        """What a decoder's logits are made of, after the last norm (B, L, D). The head's kernel may be missing.
+
+        Raises:
+            ValueError: another kind of model.
+        """
+        self._check_whole()
+        hidden_BLD, _, _ = self.module.apply({"params": params}, tokens_BL, hidden=True)
+        return hidden_BLD
 
     def init_cache(self, rows: int, length: int, dtype: str | None = None, *, source: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of up to `length` tokens; an encoder-decoder's, of sources of `source`.
@@ -224,6 +244,10 @@ class Model:
                 f"{self.config.family} ({self.config.kind}) has no prefill and decode; only decoders have: "
                 "plan its training, or a decoder such as gpt2"
             )
+
+    def _check_whole(self) -> None:
+        if self.config.kind != "decoder":
+            raise ValueError(f"{self.config.family} ({self.config.kind}): only decoders score whole sequences")
 
     def _check_source(self, source: jax.Array) -> None:
         if not source.shape[1]:

@@ -10,15 +10,17 @@ An algorithm holds no parameters and knows no device: it names the graph of its 
 runs, and turns a scored rollout into what is trained on.
 
 Shape letters: B sequences (rows i n, ..., i n + n - 1 are the n samples of prompt i) or pairs, L tokens of a sequence,
-2 the chosen and the rejected one of a pair. Sequences are filled up to L on the right. Every array (B, L) has what
-belongs to a token at the token's own place, so its first column says nothing: no token was predicted there. In batches
-the names have no letters: `tokens`, `mask`, `logprobs`, `reference_logprobs`, `values`, `rewards`, `advantages`,
-`returns`.
+2 the chosen and the rejected one of a pair. Sequences are filled up to L on the right. The model's output at place l
+predicts token l + 1, and every array but the tokens themselves has what belongs to a token at the place that predicts
+it: `labels[l]` is `tokens[l + 1]`, `mask[l]` is 1 where that is a token of the completion. So no loss ever moves an
+array along L, which may be spread over devices. In batches the names have no letters: `tokens`, `labels`, `mask`,
+`last`, `logprobs`, `reference_logprobs`, `values`, `rewards`, `advantages`, `returns`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -55,12 +57,20 @@ class Experience:
 class Algorithm(Protocol):
     """PPO, GRPO, RLOO, DPO, RewardModel, SFT, or a user's own: a frozen dataclass of its settings."""
 
-    samples: int
-    """Completions per prompt."""
-    minibatches: int
-    """Optimizer steps per pass over an iteration's data."""
-    epochs: int
-    """Passes over an iteration's data."""
+    @property
+    def samples(self) -> int:
+        """Completions per prompt."""
+        ...
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps per pass over an iteration's data."""
+        ...
+
+    @property
+    def epochs(self) -> int:
+        """Passes over an iteration's data."""
+        ...
 
     def graph(self, *, reward_model: bool) -> Graph:
         """The calls of an iteration; their data have the names that `scored` takes.
@@ -91,6 +101,10 @@ class Algorithm(Protocol):
         ...
 
 
+WHOLE = ("tokens",)
+"""Arrays of whole numbers."""
+
+
 class _Record:
     """What rollouts, pairs and examples share: their arrays by name, checked."""
 
@@ -106,7 +120,7 @@ class _Record:
             value = getattr(self, field)
             if value is None:
                 continue
-            array = np.asarray(value, np.int32 if name == "tokens" else np.float32)
+            array = np.asarray(value, np.int32 if name in WHOLE else np.float32)
             wanted = tuple(sizes[letter] for letter in letters)
             if array.shape != wanted:
                 raise ValueError(f"{name} has shape {array.shape}; it must be {wanted}, as the mask says")
@@ -130,8 +144,11 @@ class _Record:
         return dataclasses.replace(self, **{self.ARRAYS[name][0]: np.asarray(array)})  # pyright: ignore[reportArgumentType]
 
     def batch(self) -> dict[str, np.ndarray]:
-        """What score calls read: `tokens` and `mask`."""
-        return {name: self._array(name) for name in ("tokens", "mask")}
+        """What score calls read: `tokens`, `labels`, `mask`, and `last`, the place of each sequence's last token."""
+        tokens, mask = self._array("tokens"), self._array("mask")
+        labels = np.concatenate([tokens[..., 1:], np.zeros_like(tokens[..., :1])], -1)
+        places = np.arange(1, mask.shape[-1] + 1, dtype=np.int32) * (mask > 0)
+        return {"tokens": tokens, "labels": labels, "mask": mask, "last": places.max(-1).astype(np.int32)}
 
     def need(self, *names: str) -> dict[str, np.ndarray]:
         """Arrays by name.
@@ -154,7 +171,7 @@ class Rollout(_Record):
 
     Attributes:
         tokens_BL: prompt, completion, filling; int32.
-        mask_BL: 1 on the tokens of the completion, its end token among them.
+        mask_BL: 1 where a token of the completion is predicted, its end token among them.
         samples: completions per prompt; those of a prompt follow each other.
         logprobs_BL: of the model that wrote the completion, at temperature 1; 0 outside the mask.
         rewards_B: one per completion; None before it is known, as all that follows.
@@ -190,11 +207,6 @@ class Rollout(_Record):
             raise ValueError(
                 f"{rows} completions are no whole number of groups of samples={self.samples}; as {near} are"
             )
-        if self.mask_BL.shape[1] and self.mask_BL[:, 0].any():
-            row = int(np.argmax(self.mask_BL[:, 0]))
-            raise ValueError(
-                f"row {row} has no prompt: its completion begins at the first token, which nothing predicts"
-            )
 
     @property
     def lengths_B(self) -> np.ndarray:
@@ -217,7 +229,7 @@ class Rollout(_Record):
         Args:
             prompts: one each, or one per completion.
             completions: of the first prompt, then of the second, and so on.
-            width: L; as wide as the widest may get, so that all iterations have one shape.
+            width: L; as many tokens as the longest sequence may get, so that all iterations have one shape.
             samples: completions per prompt.
             logprobs: one per token of a completion.
             rewards: one per completion.
@@ -248,7 +260,7 @@ class Pairs(_Record):
 
     Attributes:
         tokens_B2L: prompt, completion, filling; the chosen one first. int32.
-        mask_B2L: 1 on the tokens of the completions.
+        mask_B2L: 1 where a token of the completions is predicted.
         reference_logprobs_B2: log-probability of each completion under the reference; None before it is known.
     """
 
@@ -283,7 +295,7 @@ class Examples(_Record):
 
     Attributes:
         tokens_BL: prompt, completion, filling; int32.
-        mask_BL: 1 on the tokens of the completion.
+        mask_BL: 1 where a token of the completion is predicted.
     """
 
     tokens_BL: np.ndarray
@@ -318,9 +330,70 @@ def _lay(rows: Sequence[tuple[Tokens, Tokens]], width: int) -> tuple[np.ndarray,
         if not len(prompt):
             raise ValueError(f"row {i} has an empty prompt: nothing predicts its first token; begin with a start token")
         tokens_BL[i, :used] = [*prompt, *completion]
-        mask_BL[i, len(prompt) : used] = 1
+        mask_BL[i, len(prompt) - 1 : used - 1] = 1
     return tokens_BL, mask_BL
 
 
 RECORDS: Mapping[str, Callable[..., Any]] = {"prompts": Rollout.of, "pairs": Pairs.of, "examples": Examples.of}
 """The input of a graph -> what lays it into arrays."""
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """What is logged of any rollout.
+
+    `reward` and `reward_std` over completions, `kl` in nats per completion against the reference (the mean of
+    log pi - log pi_ref, summed over tokens), `length` in tokens per completion, and where prompts have several samples
+    `groups_equal`: the share of prompts all of whose samples have the same reward, from which nothing is learned by
+    comparing them.
+    """
+    known = rollout.need("rewards", "logprobs", "reference_logprobs")
+    rewards_B = known["rewards"]
+    excess_BL = (known["logprobs"] - known["reference_logprobs"]) * rollout.mask_BL
+    metrics = {
+        "reward": float(rewards_B.mean()),
+        "reward_std": float(rewards_B.std()),
+        "kl": float(excess_BL.sum(1).mean()),
+        "length": float(rollout.lengths_B.mean()),
+    }
+    if rollout.samples > 1:
+        rewards_PN = rewards_B.reshape(-1, rollout.samples)
+        metrics["groups_equal"] = float((rewards_PN == rewards_PN[:, :1]).all(1).mean())
+    return metrics
+
+
+def check_numbers(
+    settings: Any, *, above_0: Sequence[str] = (), from_0: Sequence[str] = (), share: Sequence[str] = ()
+) -> None:
+    """Check fields of an algorithm, and its `samples`, `minibatches` and `epochs`; None passes.
+
+    Raises:
+        ValueError: names the field, what it is and what it must be.
+    """
+    for names, good, what in (
+        (above_0, lambda x: x > 0, "above 0"),
+        (from_0, lambda x: x >= 0, "at least 0"),
+        (share, lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ):
+        for name in names:
+            value = getattr(settings, name)
+            number = isinstance(value, int | float) and math.isfinite(value) and good(value)
+            if value is not None and not number:
+                raise ValueError(f"{type(settings).__name__}: {name}={value!r}; it must be a number {what}")
+    for name in ("samples", "minibatches", "epochs"):
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{type(settings).__name__}: {name}={value!r}; a whole number from 1 up")
+
+
+def check_samples(settings: Any, rollout: Rollout | None = None) -> None:
+    """Check that samples of a prompt can be compared.
+
+    Raises:
+        ValueError: there is only one.
+    """
+    samples = settings.samples if rollout is None else rollout.samples
+    if samples < 2:
+        raise ValueError(
+            f"{type(settings).__name__}: samples={samples}; the samples of a prompt are compared with each other, so "
+            "there must be at least 2"
+        )
