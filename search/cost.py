@@ -458,6 +458,17 @@ class CostModel:
             "transfer_seconds": float(one.transfer_n[0]),
         }
 
+    def forward_seconds(self, place: Placement, columns: Columns) -> tuple[Floats, Floats]:
+        """One microbatch's forward pass, what is waited for of its collectives included.
+
+        Returns:
+            Seconds on the stages told apart (first, inner, last; one without stages), shape (stages, candidates), and
+            of a transfer to the next stage, shape (candidates,).
+        """
+        one = self._stages(place, columns, np.zeros(len(columns)), "ends")
+        left_pkn = self.exposed(one.compute_pkn, one.hidden_pxkn.sum(1)) + one.exposed_pxkn.sum(1)
+        return (one.compute_pkn + left_pkn)[0], one.transfer_n
+
     def _compute(self, place: Placement, columns: Columns) -> Floats:
         """Seconds of one microbatch's operations; shape (regions, passes, candidates).
 
