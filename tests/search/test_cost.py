@@ -271,7 +271,7 @@ def test_memory_is_that_of_step_bytes(name):
         if isinstance(place, str):
             continue
         cols = space.columns(place)
-        for i in range(0, len(cols), max(5, len(cols) // 3)):
+        for i in range(0, len(cols), max(3, len(cols) // 2)):
             remat, parts = model.costs.remats[cols.remat[i]], int(cols.microbatches[i])
             plan = space.plan(place, cols, i)
             exact = step_bytes(model.layout.on(plan.mesh, plan.preset), state, remat=remat, microbatches=parts)
