@@ -279,7 +279,7 @@ def test_memory_is_that_of_step_bytes(name):
             for part in ("params", "gradients", "optimizer"):
                 assert int(found[part][0]) == getattr(exact, part), (plan, part)
             checked += 1
-    assert checked >= 10
+    assert checked >= 5
 
 
 @pytest.mark.parametrize("name", ["llama_scanned", "moe_one_hot", "vit_conv", "mlp"])
