@@ -16,13 +16,19 @@ and back.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from search.cluster import Cluster
 from search.cost import HOST_BYTES_PER_SECOND
 from search.efficiency import Efficiency
+from search.plan import Plan
+from search.reallocation import Leaf, ShardedTree, transfer
 from search.rlhf.forward import passes
 from search.rlhf.generation import Generated, generation
 from search.rlhf.graph import Call, Workload
@@ -32,6 +38,7 @@ from search.space import divisors, memory_share
 from search.subcluster import part_of
 from search.traced_model import REMATS, TracedModel
 from sharding_rules import STAGE, TracedFunction
+from sharding_rules.axes import leaves
 
 Step = Literal["train", "score", "prefill", "decode"]
 MOST_PARTS = 128
@@ -135,6 +142,7 @@ class CallCosts:
         self._tell = tell or (lambda _: None)
         self._models: dict[Any, tuple[TracedModel, Traced]] = {}
         self._known: dict[Any, tuple[Option, ...]] = {}
+        self._trees: dict[Any, ShardedTree] = {}
 
     def options(self, call: Call, devices: int) -> Sequence[Option]:
         """Ways to run a call on a window of so many devices; none where it does not fit.
@@ -161,22 +169,21 @@ class CallCosts:
     def move(self, role: str, source: tuple[Window, Option], target: tuple[Window, Option]) -> tuple[float, float]:
         """Seconds and bytes (over all devices) of bringing a role's parameters from one layout to another."""
         (here, one), (there, other) = source, target
-        if here == there and _layout(one) == _layout(other):
-            return 0.0, 0.0
-        return _moved(
-            other, self.cluster, crosses=self._node(here) != self._node(there) or other.devices > self._per_node
-        )
+        moved = transfer((here.first, one.tree), (there.first, other.tree), self.cluster)
+        return moved.seconds, moved.sent_bytes
 
     def offload(self, role: str, option: Option, nbytes: float) -> float:
         """Seconds of moving `nbytes` per device between a device and its host, one way."""
         return nbytes / HOST_BYTES_PER_SECOND[self.cluster.accelerator.kind]
 
-    @property
-    def _per_node(self) -> int:
-        return self.cluster.devices_per_node
-
-    def _node(self, window: Window) -> tuple[int, int]:
-        return window.first // self._per_node, (window.end - 1) // self._per_node
+    def on(self, cluster: Cluster | None = None, *, efficiency: Efficiency | None = None) -> CallCosts:
+        """The same calls on other machines of the same kind, or with other constants; nothing is traced again."""
+        other = copy.copy(self)
+        other.cluster = cluster or self.cluster
+        if efficiency is not None:
+            other.cluster = dataclasses.replace(other.cluster, efficiency=efficiency)
+        other._known = {}
+        return other
 
     def _model(self, role: str, step: Step, rows: int) -> tuple[TracedModel, Traced]:
         key = (id(self.problems[role]), step, rows)
@@ -216,7 +223,8 @@ class CallCosts:
         )
         return [
             Option(
-                plan=one.plan(),
+                plan=(plan := one.plan()),
+                tree=self._tree(model, plan),
                 seconds=steps * one.seconds + self.call_seconds,
                 params_bytes=one.params_bytes,
                 working_bytes=one.working_bytes,
@@ -242,7 +250,8 @@ class CallCosts:
                 bubble = float(one.through_n[i] - one.slowest_n[i])
                 out.append(
                     Option(
-                        plan=one.plan(i),
+                        plan=(plan := one.plan(i)),
+                        tree=self._tree(model, plan),
                         seconds=seconds + self.call_seconds,
                         params_bytes=one.params_bytes,
                         working_bytes=least,
@@ -263,12 +272,14 @@ class CallCosts:
         for one in passes(decode, cluster, parts=_parts(rows), stages=stages, **limits):
             if one.key in reads:
                 found = generation(one, reads[one.key], work, growth=traced.growth, budget_bytes=self.usable_bytes)
-                out += [self._generated(way) for way in found]
+                out += [self._generated(decode, way) for way in found]
         return out
 
-    def _generated(self, way: Generated) -> Option:
+    def _generated(self, model: TracedModel, way: Generated) -> Option:
+        plan = way.decode.plan(way.decode_row)
         return Option(
-            plan=way.decode.plan(way.decode_row),
+            plan=plan,
+            tree=self._tree(model, plan),
             prefill=way.prefill.plan(way.prefill_row),
             seconds=way.seconds + self.call_seconds,
             params_bytes=way.decode.params_bytes,
@@ -280,6 +291,28 @@ class CallCosts:
                 "token": way.token_seconds,
             },
         )
+
+    def _tree(self, model: TracedModel, plan: Plan) -> ShardedTree:
+        """How the parameters of a plan lie.
+
+        What is not in the layers (embedding, head) is counted on every stage, though the first or the last has it: so
+        much less is moved.
+        """
+        key = (id(model), plan.mesh, plan.preset, plan.order)
+        if key not in self._trees:
+            layout = model.layout.on(dataclasses.replace(plan.mesh, stage=1), plan.preset)
+            dims_by_leaf = layout.table.inputs(layout.params)
+            width = jnp.dtype(self.dtype).itemsize
+            arrays = jax.tree.leaves(layout.traced.arg(layout.params))
+            found = []
+            for (path, (_, rest)), dims, leaf in zip(layout.param_shares.items(), dims_by_leaf, arrays, strict=True):
+                roles = [{row.role for axis in leaves(dim) if (row := layout.rows.of(axis))} for dim in dims]
+                staged = [plan.mesh.stage > 1 and "layers" in role for role in roles]
+                spec = [(STAGE, *entry) if cut else entry for entry, cut in zip(rest.entries, staged, strict=True)]
+                itemsize = width if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype.itemsize
+                found.append(Leaf(tuple(leaf.shape), itemsize, tuple(spec), path))
+            self._trees[key] = ShardedTree(tuple(found), plan.mesh, plan.order)
+        return self._trees[key]
 
 
 def _whole(rows: int, devices: int) -> int:
@@ -300,13 +333,12 @@ def _layout(option: Option) -> Any:
     return option.plan.mesh, option.plan.order, option.plan.rules
 
 
-def _moved(option: Option, cluster: Cluster, *, crosses: bool) -> tuple[float, float]:
-    """All parameters, as the slowest links bring them."""
-    tiers = [tier.bytes_per_second for tier in cluster.tiers]
+def _moving_seconds(option: Option, cluster: Cluster) -> float:
+    """All parameters of a device, as the slowest links of its window bring them."""
+    slowest = [tier.bytes_per_second for tier in cluster.tiers]
     if cluster.torus is not None:
-        tiers.insert(0, cluster.torus.bytes_per_second)
-    seconds = option.params_bytes / (tiers[-1] if crosses else tiers[0])
-    return seconds, option.params_bytes * option.devices
+        slowest.append(cluster.torus.bytes_per_second)
+    return option.params_bytes / min(slowest)
 
 
 def _front(options: Sequence[Option], cluster: Cluster, grain_bytes: float, still: bool) -> tuple[Option, ...]:
@@ -328,7 +360,7 @@ def _beats(one: Option, other: Option, cluster: Cluster, grain_bytes: float, sti
         return False
     if still or _layout(one) == _layout(other):
         return True
-    there, back = (_moved(option, cluster, crosses=cluster.nodes > 1)[0] for option in (one, other))
+    there, back = _moving_seconds(one, cluster), _moving_seconds(other, cluster)
     return one.seconds + there + back <= other.seconds
 
 
