@@ -281,6 +281,7 @@ class CallCosts:
             plan=plan,
             tree=self._tree(model, plan),
             prefill=way.prefill.plan(way.prefill_row),
+            rows=-(-self.workload.sequences // way.waves),
             seconds=way.seconds + self.call_seconds,
             params_bytes=way.decode.params_bytes,
             working_bytes=way.working_bytes,

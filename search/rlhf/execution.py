@@ -34,6 +34,7 @@ class CallPlan:
         window: its devices; the plan's mesh lies on them in order.
         plan: of the step (training, scoring) or of decoding.
         prefill: of reading prompts; None where it is `plan`, or the call does not generate.
+        rows: sequences that are generated at a time; 0: all.
         seconds: of the call in an iteration (analytic).
         params_bytes, working_bytes, state_bytes: per device, as in `Option`.
     """
@@ -42,6 +43,7 @@ class CallPlan:
     window: Window
     plan: Plan
     prefill: Plan | None = None
+    rows: int = 0
     seconds: float = 0.0
     params_bytes: float = 0.0
     working_bytes: float = 0.0
@@ -110,6 +112,7 @@ class ExecutionPlan:
         heuristics: name -> period of what was compared; inf where it does not fit.
         search: what the search did: seconds, evaluations, how it ended.
         reason: one line.
+        problem: what it was made for besides: dtypes, the optimizer, the cluster's file.
     """
 
     graph: Graph
@@ -128,6 +131,7 @@ class ExecutionPlan:
     heuristics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reason: str = ""
+    problem: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     version: int = EXECUTION_VERSION
 
     def __post_init__(self):

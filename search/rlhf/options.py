@@ -50,6 +50,7 @@ class Option:
     Attributes:
         plan: of the step: of training, of scoring, or of decoding.
         prefill: of reading prompts, for generation.
+        rows: sequences that are generated at a time; 0: all.
         seconds: of the whole call, all the iteration's data.
         params_bytes: the role's parameters as this call holds them, on the fullest device.
         working_bytes: what else a device needs while the call runs (activations, cache, gradients).
@@ -65,6 +66,7 @@ class Option:
     working_bytes: float
     state_bytes: float = 0.0
     prefill: Plan | None = None
+    rows: int = 0
     tree: Any = dataclasses.field(default=None, compare=False, repr=False)
     parts: dict[str, float] = dataclasses.field(default_factory=dict, compare=False)
 
