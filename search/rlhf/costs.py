@@ -30,7 +30,7 @@ from search.efficiency import Efficiency
 from search.plan import Plan
 from search.reallocation import Leaf, ShardedTree, transfer
 from search.rlhf.forward import passes
-from search.rlhf.generation import Generated, generation
+from search.rlhf.generation import Generated, generation, parts_of
 from search.rlhf.graph import Call, Workload
 from search.rlhf.options import Option, Window
 from search.rlhf.training import training
@@ -267,16 +267,17 @@ class CallCosts:
         prefill, _ = self._model(role, "prefill", prompts)
         limits = self._limits("generate")
         stages = self._stages("generate", decode, cluster.devices)
-        reads = {one.key: one for one in passes(prefill, cluster, parts=_parts(prompts), stages=stages, **limits)}
+        parts = parts_of(stages)
+        reads = {one.key: one for one in passes(prefill, cluster, parts=parts, stages=stages, uneven=True, **limits)}
         out = []
-        for one in passes(decode, cluster, parts=_parts(rows), stages=stages, **limits):
+        for one in passes(decode, cluster, parts=parts, stages=stages, uneven=True, **limits):
             if one.key in reads:
                 found = generation(one, reads[one.key], work, growth=traced.growth, budget_bytes=self.usable_bytes)
                 out += [self._generated(decode, way) for way in found]
         return out
 
     def _generated(self, model: TracedModel, way: Generated) -> Option:
-        plan = way.decode.plan(way.decode_row)
+        plan = dataclasses.replace(way.decode.plan(way.decode_row), microbatches=way.rotating)
         return Option(
             plan=plan,
             tree=self._tree(model, plan),

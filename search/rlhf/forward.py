@@ -22,6 +22,7 @@ from search.cost import PARAMS
 from search.placement import Columns, Floats, Placement
 from search.plan import Plan
 from search.space import Space
+from search.subcluster import part_of
 from search.traced_model import TracedModel
 from sharding_rules import STAGE
 
@@ -37,6 +38,7 @@ class Passes:
         through_n: seconds of a part through all stages.
         params_bytes: on the fullest device.
         workspace_n: bytes beside parameters and cache, on the fullest device.
+        rows: on a device, of all parts together.
         cache_bytes: of the whole cache of all rows, on a device; 0 without one.
     """
 
@@ -48,6 +50,7 @@ class Passes:
     through_n: Floats
     params_bytes: float
     workspace_n: Floats
+    rows: int
     cache_bytes: float
 
     @property
@@ -80,6 +83,7 @@ def passes(
     stages: Sequence[int],
     fix: Mapping[str, Any],
     forbid: Sequence[str],
+    uneven: bool = False,
 ) -> Iterator[Passes]:
     """Cost a forward pass on every mesh of a cluster.
 
@@ -87,6 +91,7 @@ def passes(
         model: of a function that is only run forward, traced on all rows.
         cluster: the window.
         parts: numbers of parts to look at; of these, those into which the rows of a device split.
+        uneven: also those into which they do not split evenly; seconds are those of the mean part.
         stages: numbers of pipeline stages to look at; of these, those that divide the layers and the devices.
         fix, forbid: of the mesh, as `search.Space` has them.
     """
@@ -101,8 +106,8 @@ def passes(
             place = model.place(inner)
             if isinstance(place, str):
                 continue
-            split = place.batch_shards * place.expert
-            counts = [m for m in parts if not (model.batch // split) % m]
+            each = model.batch // (place.batch_shards * place.expert)
+            counts = [m for m in parts if m <= each and (uneven or each % m == 0)]
             if not counts:
                 continue
             place = dataclasses.replace(place, stage=stage, boundary_bytes=_boundary_bytes(model, place))
@@ -113,8 +118,6 @@ def passes(
 
 def _inner(model: TracedModel, cluster: Cluster, stage: int, fix: Mapping[str, Any], forbid: Sequence[str]) -> Any:
     """Inner sizes of the mesh that a stage has to itself."""
-    from search.subcluster import part_of
-
     part = part_of(cluster, cluster.devices // stage)
     wanted = {name: size for name, size in fix.items() if name not in ("remat", "microbatches", "schedule", "chunks")}
     try:
@@ -162,6 +165,7 @@ def _costed(space: Space, model: TracedModel, place: Placement, columns: Columns
         through_n=through_n,
         params_bytes=float(model.costs.held(place, columns)[PARAMS].max()),
         workspace_n=np.asarray(workspace_n, np.float64),
+        rows=model.batch // (place.batch_shards * place.expert),
         cache_bytes=place.cache_bytes / stages,
     )
 

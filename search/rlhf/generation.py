@@ -15,12 +15,16 @@ over the answer, which is exact where they are linear in it, and the cache is co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from search.rlhf.forward import Passes
 from search.rlhf.graph import Workload
+
+EACH = 8
+"""Waves up to which every number is looked at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Generated:
 
     Attributes:
         decode, prefill: the two kinds of steps; `decode_row` and `prefill_row`: their numbers of parts.
+        rotating: parts of a wave that go round the stages.
         waves: of sequences.
         seconds: of all sequences; `prefill_seconds` of it for reading prompts.
         token_seconds: of one token for all sequences of a wave.
@@ -39,6 +44,7 @@ class Generated:
     prefill: Passes
     decode_row: int
     prefill_row: int
+    rotating: int
     waves: int
     seconds: float
     prefill_seconds: float
@@ -78,11 +84,12 @@ def _choices(
         for rotating in {k for k in (1, decode.stages, 2 * decode.stages) if not parts % k}:
             waves = int(parts // rotating)
             token = max(rotating * float(decode.slowest_n[d]), float(decode.through_n[d]))
-            cache = growth * decode.cache_bytes / waves
+            cache = growth * decode.cache_bytes * math.ceil(decode.rows / waves) / decode.rows
             # Each wave fills the stages anew.
             read_n = prefill.all_seconds() + (waves - 1) * (prefill.through_n - prefill.slowest_n)
             working_n = cache + np.maximum(prefill.workspace_n, decode.workspace_n[d])
-            ok = (prefill.parts_n % waves == 0) & (working_n <= room_bytes)
+            # No part of the prompts belongs to two waves.
+            ok = (prefill.parts_n >= min(waves, prefill.rows)) & (working_n <= room_bytes)
             for p in np.flatnonzero(ok):
                 read = float(read_n[p])
                 yield Generated(
@@ -90,6 +97,7 @@ def _choices(
                     prefill=prefill,
                     decode_row=d,
                     prefill_row=int(p),
+                    rotating=rotating,
                     waves=waves,
                     seconds=read + waves * steps * token,
                     prefill_seconds=read,
@@ -97,3 +105,9 @@ def _choices(
                     working_bytes=float(working_n[p]),
                     cache_bytes=cache,
                 )
+
+
+def parts_of(stages: Sequence[int]) -> list[int]:
+    """Numbers of parts that `generation` looks at: of one wave to `EACH` every number, and then twice as many each."""
+    waves = [*range(1, EACH + 1), *(EACH * 2**i for i in range(1, 5))]
+    return sorted({w * k * p for w in waves for p in stages for k in (1, 2)})
