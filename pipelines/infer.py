@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from pipelines.functions import PRED_ARGUMENTS, batch_rows, call_by_name, describe_tree
 from pipelines.kernels import kernels_for
-from pipelines.problem import NAMES, cast_floats, check_rows, layout_of
+from pipelines.problem import NAMES, cast_floats, check_rows, layout_of, local_bytes
 from search import Plan
 from sharding_rules import Layout, TracedFunction, path_str, trace
 
@@ -89,6 +89,7 @@ class PredictProgram:
     Attributes:
         plan, mesh, layout: how it runs.
         batch_shardings, param_shardings, state_shardings: where its arguments go.
+        abstract_arguments: params, batch, key and state as shapes with shardings.
     """
 
     def __init__(self, layout: Layout, plan: Plan, mesh: Mesh, params: Any, state: Any):
@@ -111,6 +112,28 @@ class PredictProgram:
 
         arguments = (self.param_shardings, self.batch_shardings, NamedSharding(mesh, P()), self.state_shardings)
         self._predict = jax.jit(predict, in_shardings=arguments, out_shardings=outputs)
+        batch, key = (layout.traced.arg(name) for name in ("batch", "rng"))
+        self.abstract_arguments = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (params, batch, key, state), arguments
+        )
+        self._results = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            layout.traced.out,
+            shardings(layout.out_specs),
+        )
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes on a device, by shapes and shardings: arguments, of those what is donated (nothing), and results."""
+        return {
+            "arguments": local_bytes(self.abstract_arguments),
+            "aliased": 0,
+            "results": local_bytes(self._results),
+        }
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program as a compiler takes it, for the devices of the mesh."""
+        return self._predict.lower(*self.abstract_arguments)
 
     def place(self, params: Any, state: Any = None) -> tuple[Any, Any]:
         """Put parameters and state where the program wants them; those already there are not copied."""

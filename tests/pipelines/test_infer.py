@@ -55,3 +55,16 @@ def test_compute_dtype_reaches_the_prediction():
 def test_batch_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match=r"a batch of 6 examples is smaller than 8 data shards"):
         build(MeshShape(data=8), "data", rows=6)
+
+
+def test_bytes_are_those_of_the_compiled_program():
+    shape = MeshShape(fsdp=4, tensor=2)
+    mesh, batch = make_mesh(shape, jax.devices()), {"x": make_batch(8)["x"]}
+    program = build_predict_program(pred_fn, PARAMS, batch, Plan(shape, "fsdp+megatron"), mesh)
+    analysis = program.lower().compile().memory_analysis()
+    key = 8  # which this function does not read: no argument of the compiled program
+    assert program.device_bytes == {
+        "arguments": analysis.argument_size_in_bytes + key,
+        "results": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+    }
