@@ -128,10 +128,12 @@ class Engine:
     Args:
         model: a decoder.
         params: its parameters; floats are cast to the model's dtype. Those that lie as the plan wants are not copied.
+            Or their shapes: then `set_params` brings them before the first step.
         plan: "auto", the name of a preset, a `Plan`, the path of a plan file; or two of them, for reading prompts and
             for decoding. The parameters are there twice if these want them in different places.
         mesh: devices per axis; default the one that the parameters live on, else what the plan suggests.
-        deployer: whose devices are used; default all of this process.
+        deployer: whose devices are used; default all there are.
+        devices: those that are used, in place of the deployer's; all of this process, whatever others there are.
         rows: sequences that run at a time.
         length: tokens of a sequence at most, prompt and continuation.
         chunk_tokens: tokens of prompts that are read at a time, on each group of devices that shares a row.
@@ -151,6 +153,7 @@ class Engine:
         plan: Plan | str | pathlib.Path | tuple[Any, Any] = "auto",
         mesh: MeshShape | str | None = None,
         deployer: Deployer | None = None,
+        devices: Sequence[Any] | None = None,
         rows: int = 16,
         length: int = 2048,
         chunk_tokens: int = 256,
@@ -167,8 +170,14 @@ class Engine:
                 raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
         if model.config.kind != "decoder":
             raise ValueError(f"{model.config.family} ({model.config.kind}) is no decoder; Predictor.generate takes it")
-        if jax.process_count() > 1:
-            raise ValueError(f"an Engine runs in one process; there are {jax.process_count()}")
+        if devices is None:
+            devices = jax.devices() if deployer is None else deployer.devices
+        elsewhere = [d for d in devices if d.process_index != jax.process_index()]
+        if elsewhere or not len(devices):
+            raise ValueError(
+                f"an Engine runs in one process: of the {len(devices)} devices {len(elsewhere)} belong to others than "
+                f"process {jax.process_index()}; give devices=jax.local_devices(), or some of them"
+            )
         if len(eos) > ENDS:
             raise ValueError(f"eos has {len(eos)} tokens; at most {ENDS}")
         model.check_length(length)
@@ -182,7 +191,7 @@ class Engine:
             params,
             plan=plan,
             mesh=MeshShape.parse(mesh) if isinstance(mesh, str) else mesh,
-            devices=list(jax.devices() if deployer is None else deployer.devices),
+            devices=list(devices),
             dtype=model.dtype,
             rows=rows,
             length=length,
@@ -212,10 +221,12 @@ class Engine:
 
             functions = functions_of(unrolled(model), length)
             self._apart = unroll
-        params = self._laid_out(params)
+        there = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
+        params = self._laid_out(params) if there else jax.eval_shape(self._laid_out, params)
         self.programs = make_programs(functions, abstract(params), plans, on_mesh, sizes)
-        self._place(params)
-        self._cache, self._seen = self.programs.new_cache()
+        self.params = self._read_params = self._cache = self._seen = None
+        if there:
+            self._place(params)
         self._scheduler = Scheduler(rows=rows, length=length, shapes=sizes.shapes, shards=shards)
         self._lock = threading.Lock()
         self._ids = itertools.count()
@@ -299,6 +310,16 @@ class Engine:
         for row in self._scheduler.rows:
             row.held = []
 
+    def release(self) -> None:
+        """Give up the parameters and the cache, until `set_params`; what is compiled stays.
+
+        Raises:
+            ValueError: requests are running.
+        """
+        if not self.idle:
+            raise ValueError("parameters are given up while requests run; wait until engine.idle, or cancel them")
+        self.params = self._read_params = self._cache = self._seen = None
+
     def _laid_out(self, params: Any) -> Any:
         """Parameters in the model's dtype, and as the programs take them apart."""
         params = cast_floats(params, self.model.dtype)
@@ -310,6 +331,8 @@ class Engine:
         self._read_params = (
             jax.device_put(params, programs.read_param_shardings) if programs.params_twice else self.params
         )
+        if self._cache is None:
+            self._cache, self._seen = programs.new_cache()
 
     def warm_up(self, progress: Callable[[str], None] | None = logger.info) -> list[Compilation]:
         """Compile every program that the engine can need; return those that were not compiled before.
@@ -320,7 +343,13 @@ class Engine:
         return self.programs.compile_all(progress)
 
     def step(self) -> list[Event]:
-        """Do what is next: admit, read a piece of prompts, decode some tokens; return what came of it."""
+        """Do what is next: admit, read a piece of prompts, decode some tokens; return what came of it.
+
+        Raises:
+            ValueError: there are no parameters.
+        """
+        if self.params is None:
+            raise ValueError("this Engine has no parameters; give it some with set_params")
         events, self._kept = self._kept, []
         events += self._take_in()
         for copy in self._scheduler.admit():

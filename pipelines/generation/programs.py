@@ -213,10 +213,12 @@ class GenerationPrograms:
 
     def new_cache(self) -> tuple[Any, Any]:
         """An empty cache, and no token seen in any row."""
-        cache = jax.jit(
-            lambda: self.model.init_cache(self.sizes.rows, self.sizes.length), out_shardings=self.cache_shardings
-        )()
-        return cache, jax.device_put(np.zeros((self.sizes.rows, self.model.vocab), bool), self._replicated)
+        return self._empty(), jax.device_put(np.zeros((self.sizes.rows, self.model.vocab), bool), self._replicated)
+
+    @functools.cached_property
+    def _empty(self) -> Callable[[], Any]:
+        rows, length = self.sizes.rows, self.sizes.length
+        return jax.jit(lambda: self.model.init_cache(rows, length), out_shardings=self.cache_shardings)
 
     # What is run.
 

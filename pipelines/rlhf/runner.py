@@ -1,0 +1,393 @@
+"""Runs an execution plan, iteration by iteration: every call its own program on its own mesh.
+
+    runner = Runner(execution, steps, params, hosts=hosts)
+    outcome = runner.iteration({"prompts": prompts}, 1)        # outcome.data, outcome.metrics, outcome.spans
+    runner.state                                               # role -> what a checkpoint holds
+
+Between calls data are on the host, as numpy arrays that every process has: they are counted in tokens, and small beside
+parameters. Parameters go from device to device: from a role's home to the calls that hold them otherwise, and into the
+host's memory where the plan says so. A call begins when the data and the parameters that it waits for are there and no
+earlier call of the plan's order is left on its devices; calls on disjoint windows overlap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from pipelines.rlhf.exchange import Together, share
+from pipelines.rlhf.roles import Roles, absent, params_of
+from pipelines.rlhf.schedule import Task, no_wait, run_tasks
+from pipelines.rlhf.steps import Done, Step, TrainStep, moving, place, with_moving
+from search.rlhf import Call, CallPlan, ExecutionPlan
+from sharding_rules import PlanError
+
+Kind = Literal["generate", "score", "train", "reallocate", "onload", "offload", "host"]
+
+
+class CallError(RuntimeError):
+    """A call failed on another process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostStep:
+    """A function of the host between calls: rewards, advantages.
+
+    Attributes:
+        name: not that of a call.
+        reads, writes: names of data.
+        run: (data, iteration) -> what it writes, by name.
+        where: "all": every process runs it on the same data, and gets the same; "first": process 0 does, and tells.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    run: Callable[[Mapping[str, Any], int], Mapping[str, Any]]
+    where: Literal["all", "first"] = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """A stretch of an iteration on this process.
+
+    Attributes:
+        what: a call, a host step, or "role: from -> to" of a move.
+        kind: of it.
+        devices: that it kept busy, as numbers in the plan.
+        start, end: seconds since the iteration began.
+    """
+
+    what: str
+    kind: Kind
+    devices: tuple[int, ...]
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of an iteration.
+
+    Attributes:
+        data: all of it, by name.
+        metrics: call -> name -> number.
+        ran: what ran when, in the order of dispatch.
+    """
+
+    data: dict[str, Any]
+    metrics: dict[str, dict[str, float]]
+    ran: tuple[Ran, ...]
+
+
+class Runner:
+    """An execution plan with all that runs it.
+
+    Args:
+        execution: the plan.
+        steps: call -> what it runs, on the mesh of its window.
+        params: role -> parameters to start from; those of roles that are trained are copied.
+        hosts: what the host does between the calls.
+        devices: as the plan numbers them; default all.
+        seed: of the keys of the roles that are trained.
+        together: calls what waits for other processes, with a limit of time.
+
+    Attributes:
+        changed: whether a role was trained in an iteration that did not end.
+
+    Raises:
+        PlanError: more devices than there are; a step on other devices than its window's.
+        ValueError: steps, parameters or data that are missing.
+    """
+
+    def __init__(
+        self,
+        execution: ExecutionPlan,
+        steps: Mapping[str, Step],
+        params: Mapping[str, Any],
+        *,
+        hosts: Sequence[HostStep] = (),
+        devices: Sequence[Any] | None = None,
+        seed: int = 0,
+        together: Together = no_wait,
+    ):
+        self.execution, self.steps, self.hosts = execution, dict(steps), tuple(hosts)
+        self._devices = list(jax.devices() if devices is None else devices)
+        self._together, self.changed = together, False
+        self._several = jax.process_count() > 1
+        self._check(params)
+        self.roles = Roles(self._homes(params, seed), offloaded=execution.offloaded)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Role -> all of it that training changes: what a checkpoint holds."""
+        return {role: moving(self.roles.home(role)) for role in self._trained}
+
+    @property
+    def abstract_state(self) -> dict[str, Any]:
+        """Shapes and shardings of `state`, as a checkpoint is restored into it; of offloaded roles, on the host."""
+        return {
+            role: moving(self.roles.home(role) if role in self.execution.offloaded else self.roles.form(role))
+            for role in self._trained
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for role, moved in state.items():
+            self.roles.set_home(role, with_moving(self.roles.home(role), moved))
+        self.changed = False
+
+    def take_over(self, other: Runner) -> None:
+        """Go on with the roles of another runner of the same graph, which is done for."""
+        for role in self._trained:
+            self.roles.take_over(role, other.roles)
+
+    def params(self, role: str) -> Any:
+        """A role's parameters at home; the next iteration may consume them."""
+        return params_of(self.roles.home(role))
+
+    def iteration(self, inputs: Mapping[str, Any], number: int) -> Outcome:
+        """Run every call once.
+
+        Args:
+            inputs: the data that come from outside.
+            number: of the iteration: what is drawn depends on it.
+
+        Raises:
+            CallError: a call failed on another process. What fails on this one raises its own exception, with a note.
+        """
+        data, metrics = dict(inputs), dict[str, dict[str, float]]()
+        tasks, kinds = self._tasks(data, metrics, number)
+        self.changed = False
+        try:
+            spans = run_tasks(tasks, waves=self._several)
+        finally:
+            for call in self.execution.calls:  # of an iteration that failed
+                self.roles.give_up(call.call)
+        self.changed = False
+        ran = tuple(
+            Ran(span.name, kinds[span.name], tuple(sorted(task.devices)), span.start, span.end)
+            for task, span in zip(tasks, spans, strict=True)
+        )
+        return Outcome(data, metrics, ran)
+
+    # How it is done.
+
+    @property
+    def _trained(self) -> list[str]:
+        graph = self.execution.graph
+        return [role for role in graph.roles if graph.trains(role) is not None]
+
+    def _check(self, params: Mapping[str, Any]) -> None:
+        execution, graph = self.execution, self.execution.graph
+        if execution.devices > len(self._devices):
+            last = max(execution.calls, key=lambda plan: plan.window.end)
+            raise PlanError(
+                f"the execution plan is for {execution.devices} devices (call {last.call!r} runs on {last.window}), "
+                f"but there are {len(self._devices)}; make one for {len(self._devices)}"
+            )
+        for call in graph.calls:
+            if call.name not in self.steps:
+                raise ValueError(
+                    f"call {call.name!r} has no step; there are steps for {', '.join(self.steps) or 'none'}"
+                )
+            plan = execution.call(call.name)
+            wanted = self._devices[plan.window.first : plan.window.end]
+            if set(self.steps[call.name].mesh.devices.flat) != set(wanted):
+                raise PlanError(f"the step of call {call.name!r} is not on the devices of its window {plan.window}")
+            if (call.kind == "train") != isinstance(self.steps[call.name], TrainStep):
+                raise ValueError(f"call {call.name!r} is of kind {call.kind}; a TrainStep is what trains, and only it")
+        for role in graph.roles:
+            if role not in params:
+                raise ValueError(f"role {role!r} has no parameters; there are those of {', '.join(params) or 'none'}")
+        writers: dict[str, str] = {}
+        for host in self.hosts:
+            if host.name in self.steps or host.name in writers.values():
+                raise ValueError(f"two steps are named {host.name!r}")
+            for name in host.writes:
+                if name in writers:
+                    raise ValueError(f"{name!r} is written by {host.name!r} and {writers[name]!r}")
+                writers[name] = host.name
+
+    def _homes(self, params: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        homes: dict[str, Any] = {}
+        for i, role in enumerate(self.execution.graph.roles):
+            call = self.execution.home(role).call
+            step = self.steps[call]
+            if not self._takes_part(call):
+                homes[role] = absent(
+                    step.abstract_state if isinstance(step, TrainStep) else _forms_on(params[role], step)
+                )
+            elif isinstance(step, TrainStep):
+                homes[role] = step.state_from(params[role], seed + i)
+            else:
+                homes[role] = place(params[role], step.param_shardings)
+        return homes
+
+    def _takes_part(self, call: str) -> bool:
+        """Whether this process has devices of a call."""
+        mine = jax.process_index()
+        return any(device.process_index == mine for device in self.steps[call].mesh.devices.flat)
+
+    def _tasks(
+        self, data: dict[str, Any], metrics: dict[str, dict[str, float]], number: int
+    ) -> tuple[list[Task], dict[str, Kind]]:
+        """What an iteration does, in order: the plan's calls, each after what moves for it, and the host's steps."""
+        tasks: list[Task] = []
+        kinds: dict[str, Kind] = {}
+        writers = {name: call.name for call in self.execution.graph.calls for name in call.writes}
+        writers |= {name: host.name for host in self.hosts for name in host.writes}
+        hosts = list(self.hosts)
+
+        def add(kind: Kind, task: Task) -> None:
+            kinds[task.name] = kind
+            tasks.append(task)
+
+        def add_hosts() -> None:
+            """Those whose data are all written by what is in the list."""
+            listed = {task.name for task in tasks}
+            for host in list(hosts):
+                needed = self._needed(host.reads, writers, data, host.name)
+                if set(needed) <= listed:
+                    add("host", self._host_task(host, needed, data, number))
+                    listed.add(host.name)
+                    hosts.remove(host)
+
+        for plan in self.execution.calls:
+            add_hosts()
+            call, step = self.execution.graph.call(plan.call), self.steps[plan.call]
+            needed = (
+                *self.execution.graph.before(call.name),
+                *self._needed(step.reads, writers, data, call.name),
+            )
+            before, after = self._moves(call, plan, step)
+            for kind, task in before:
+                add(kind, task)
+            needed = tuple(dict.fromkeys((*needed, *(task.name for _, task in before))))
+            add(call.kind, self._call_task(call, plan, step, needed, data, metrics, number))
+            for kind, task in after:
+                add(kind, task)
+        add_hosts()
+        if hosts:
+            raise ValueError(f"host step {hosts[0].name!r} waits for what comes after it, or for itself")
+        return tasks, kinds
+
+    def _needed(self, reads: Sequence[str], writers: Mapping[str, str], data: Mapping[str, Any], who: str) -> list[str]:
+        for name in reads:
+            if name not in writers and name not in data:
+                known = ", ".join(sorted({*writers, *data}))
+                raise ValueError(f"{who!r} reads {name!r}, which nothing writes; there are {known}")
+        return list(dict.fromkeys(writers[name] for name in reads if name in writers))
+
+    def _moves(self, call: Call, plan: CallPlan, step: Step) -> tuple[list[tuple[Kind, Task]], list[tuple[Kind, Task]]]:
+        """What brings a role's parameters to a call, and what comes after it."""
+        role, roles = call.role, self.roles
+        offloaded = role in self.execution.offloaded
+        here = _numbers(plan)
+        if call.kind == "train":
+            if not offloaded:
+                return [], []
+            back, away = f"{role}: host -> {call.name}", f"{role}: {call.name} -> host"
+            return (
+                [("onload", Task(back, here, self._if_here(call, lambda: roles.onload(role))))],
+                [("offload", Task(away, here, self._if_here(call, lambda: roles.offload(role)), (call.name,)))],
+            )
+        home = self.execution.home(role)
+        source = "host" if offloaded else home.call
+        name = f"{role}: {source} -> {call.name}"
+        if roles.same_layout(role, step.param_shardings):
+            return [], []
+        both = here if offloaded else here | _numbers(home)
+        if self._several:  # all processes take part in a move, and one at a time
+            both = frozenset(range(len(self._devices)))
+        lend = Task(name, both, lambda: roles.lend(role, call.name, step.param_shardings))
+        return [("onload" if offloaded else "reallocate", lend)], []
+
+    def _if_here(self, call: Call, run: Callable[[], None]) -> Callable[[], None] | None:
+        return run if self._takes_part(call.name) else None
+
+    def _call_task(
+        self,
+        call: Call,
+        plan: CallPlan,
+        step: Step,
+        needed: tuple[str, ...],
+        data: dict[str, Any],
+        metrics: dict[str, dict[str, float]],
+        number: int,
+    ) -> Task:
+        mine: list[Done] = []
+        roles = self.roles
+
+        def run() -> None:
+            if call.kind == "train":
+                self.changed = True
+                done = step.run(roles.home(call.role), data, number)
+                roles.set_home(call.role, done.state)
+                mine.append(dataclasses.replace(done, state=None))
+                return
+            if roles.same_layout(call.role, step.param_shardings):
+                roles.lend(call.role, call.name, step.param_shardings)
+            try:
+                mine.append(step.run(roles.lent(call.name), data, number))
+            finally:
+                step.close()
+                roles.give_up(call.name)
+
+        def take(error: BaseException | None) -> None:
+            parts = self._everyones(call.name, mine[0] if mine else None, error)
+            if parts:
+                done = step.joined(parts)
+                data.update(done.outputs)
+                metrics[call.name] = done.metrics
+
+        return Task(call.name, _numbers(plan), self._if_here(call, run), needed, take)
+
+    def _host_task(self, host: HostStep, needed: Sequence[str], data: dict[str, Any], number: int) -> Task:
+        mine: list[Done] = []
+        alone = host.where == "all" or jax.process_index() == 0
+
+        def run() -> None:
+            made = dict(host.run(data, number))
+            if missing := [name for name in host.writes if name not in made]:
+                raise ValueError(f"host step {host.name!r} did not write {missing[0]!r}")
+            mine.append(Done(made))
+
+        def take(error: BaseException | None) -> None:
+            if host.where == "first":
+                parts = self._everyones(host.name, mine[0] if mine else None, error)
+                data.update(parts[0].outputs if parts else {})
+            elif mine:
+                data.update(mine[0].outputs)
+
+        return Task(host.name, frozenset(), run if alone else None, tuple(needed), take)
+
+    def _everyones(self, name: str, mine: Done | None, error: BaseException | None) -> list[Done]:
+        """What each process that took part has made, or an error that says which one failed."""
+        if not self._several:
+            return [] if mine is None else [mine]
+        record: Any = None
+        if error is not None:
+            record = {"error": f"{type(error).__name__}: {error}"}
+        elif mine is not None:
+            record = {"outputs": mine.outputs, "metrics": mine.metrics}
+        records = share(record, what=f"the results of {name!r}", together=self._together)
+        failed = [(i, r["error"]) for i, r in enumerate(records) if r is not None and "error" in r]
+        if failed and error is None:
+            raise CallError(f"{name!r} failed on process {failed[0][0]}: {failed[0][1]}")
+        return [Done(r["outputs"], r["metrics"]) for r in records if r is not None and "outputs" in r]
+
+
+def _numbers(plan: CallPlan) -> frozenset[int]:
+    return frozenset(range(plan.window.first, plan.window.end))
+
+
+def _forms_on(params: Any, step: Step) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, step.param_shardings)

@@ -1,0 +1,526 @@
+"""Reinforcement learning from rewards and preferences: three functions and an algorithm; everything else has defaults.
+
+    trainer = RLTrainer(deployer, model, params, algorithm=GRPO(samples=8), collate_fn=encode, reward_fn=correct)
+    trainer.fit(prompts, iterations=100, sampling=SamplingParams(max_tokens=32, temperature=1.0))
+    trainer.params                                   # the actor's
+
+`collate_fn(prompts)` makes token ids of prompts, which are any objects; `reward_fn(prompts, completions)` returns one
+number per completion (`redco_like.rlhf.rewards` says what it is given); `metrics_fn(prompts, completions, rewards)` a
+dict of numbers to log. For DPO, reward modelling and SFT `collate_fn` makes (prompt, chosen, rejected) or (prompt,
+completion) of examples, and there is no reward function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from pipelines.functions import argument_names
+from pipelines.generation import SamplingParams
+from pipelines.rlhf import HostStep, Outcome, Runner
+from redco_like.checkpoint import CheckpointStore
+from redco_like.deployer import Deployer
+from redco_like.launch import within_deadline
+from redco_like.metrics import MetricsLog, Progress, Writer
+from redco_like.models.model import Model
+from redco_like.rlhf.algorithm import Algorithm, Examples, Pairs, Rollout
+from redco_like.rlhf.building import EXPERIENCE, PARTS, SEQUENCES, Member, Problem, build_steps
+from redco_like.rlhf.heads import init_head
+from redco_like.rlhf.planning import resolve_execution
+from redco_like.rlhf.prompts import PromptOrder, Row, check_lengths, longest, rows_of
+from redco_like.rlhf.report import iteration_metrics
+from redco_like.rlhf.rewards import METRICS_ARGUMENTS, REWARD_ARGUMENTS, Written, call_metrics, call_rewards
+from redco_like.watch import NonFiniteError, StopRequest, announced
+from search.rlhf import ExecutionPlan, Graph, Workload
+
+HEADS = ("critic", "reward")
+"""Roles whose models have a value head in place of the one that makes logits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RLResult:
+    """How a call of `fit` ended.
+
+    Attributes:
+        iteration: iterations done in all.
+        metrics: of the last one of this call; empty if it had nothing to do.
+        ended: "finished", or why the run stopped early.
+    """
+
+    iteration: int
+    metrics: dict[str, float]
+    ended: str
+
+
+class RLTrainer:
+    """Runs an algorithm on the devices of a deployer. Nothing is compiled before `fit`.
+
+    Args:
+        deployer: devices, folders, keys.
+        model: of the actor, and of all roles that are not said otherwise.
+        params: what the actor starts from, the reference stays, and the critic's model begins with; never consumed.
+        algorithm: PPO, GRPO, RLOO, DPO, RewardModel, SFT, or one of your own.
+        collate_fn: list of prompts -> token ids of each; of examples and pairs, two or three sequences of them each.
+        reward_fn: see above; or
+        reward_model: (model, params) of a model with a value head that scores completions in the graph.
+        metrics_fn: see above.
+        decode_fn: tokens -> text; then the functions see texts.
+        optimizer: of all roles that are trained; or role -> optimizer. Default Adam with a rate of 1e-5, and gradients
+            clipped to a norm of 1.
+        critic: (model, params) with a value head; default the actor's, with a head of its own.
+        roles: role -> (model, params), for graphs with others.
+        plan: where and how every call runs: "auto", "colocated", an `ExecutionPlan`, or the path of one.
+        eos: tokens that end a completion, where the sampling parameters do not say.
+        rows: sequences that are generated at a time; default all of an iteration.
+        name: of this trainer; its files are in that folder of the workdir, its draws belong to it.
+        keep_checkpoints: number of latest checkpoints kept.
+        writers: where metrics go besides the JSONL file.
+
+    Raises:
+        ValueError: functions that cannot be called, roles without a model, settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        deployer: Deployer,
+        model: Model,
+        params: Any,
+        *,
+        algorithm: Algorithm,
+        collate_fn: Callable[[list[Any]], Any],
+        reward_fn: Callable[..., Any] | None = None,
+        reward_model: tuple[Model, Any] | None = None,
+        metrics_fn: Callable[..., Any] | None = None,
+        decode_fn: Callable[[Sequence[int]], str] | None = None,
+        optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation] | None = None,
+        critic: tuple[Model, Any] | None = None,
+        roles: Mapping[str, tuple[Model, Any]] | None = None,
+        plan: ExecutionPlan | str | pathlib.Path = "auto",
+        eos: Sequence[int] = (),
+        rows: int | None = None,
+        name: str = "rl",
+        keep_checkpoints: int = 2,
+        writers: Sequence[str | Writer] = (),
+    ):
+        for role, function in (("collate_fn", collate_fn), ("decode_fn", decode_fn)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{role} is a {type(function).__name__}, not a function")
+        if reward_fn is not None:
+            argument_names(reward_fn, REWARD_ARGUMENTS, role="reward_fn")
+        if metrics_fn is not None:
+            argument_names(metrics_fn, METRICS_ARGUMENTS, role="metrics_fn")
+        self.algorithm, self.name = algorithm, name
+        self.graph: Graph = algorithm.graph(reward_model=reward_model is not None)
+        online = self.graph.inputs == ("prompts",)
+        if online and (reward_fn is None) == (reward_model is None):
+            both = "both reward_fn and reward_model" if reward_fn else "neither reward_fn nor reward_model"
+            raise ValueError(f"{both}: {type(algorithm).__name__} needs one of them")
+        if not online and (reward_fn or reward_model or metrics_fn):
+            raise ValueError(
+                f"{type(algorithm).__name__} generates nothing that a reward or metrics function could see"
+            )
+        self._deployer, self._collate_fn, self._decode_fn = deployer, collate_fn, decode_fn
+        self._reward_fn, self._metrics_fn = reward_fn, metrics_fn
+        self._plan_wanted, self._rows, self._eos = plan, rows, tuple(int(t) for t in eos)
+        given = dict(roles or {})
+        given |= {role: pair for role, pair in (("critic", critic), ("reward", reward_model)) if pair is not None}
+        self.members = _members(self.graph, model, params, given, deployer.rng(f"{name}/heads"))
+        self._optimizers = _optimizers(self.graph, optimizer)
+        self._keep, self._writers = keep_checkpoints, tuple(writers)
+        self._seed = zlib.crc32(f"{deployer.seed}/{name}".encode()) % 2**31
+        self.iteration = 0
+        self._algorithm_state: dict[str, float] = dict(algorithm.start())
+        self._runner: Runner | None = None
+        self._problem: Problem | None = None
+        self._store: CheckpointStore | None = None
+        self._saved: int | None = None
+        self._may_resume = True
+
+    # What there is.
+
+    @property
+    def runner(self) -> Runner:
+        """What runs the calls, once `fit` has seen prompts.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if self._runner is None:
+            raise ValueError(f"trainer {self.name!r} has seen no prompts yet: call fit first")
+        return self._runner
+
+    @property
+    def execution(self) -> ExecutionPlan:
+        return self.runner.execution
+
+    @property
+    def params(self) -> Any:
+        """Parameters of the actor, or of the role that is trained, on its devices. The next iteration consumes them."""
+        trained = [role for role in self.graph.roles if self.graph.trains(role) is not None]
+        return self.params_of("actor" if "actor" in trained else trained[0])
+
+    def params_of(self, role: str) -> Any:
+        """Parameters of a role, where they lie; see `params`."""
+        return self.runner.params(role)
+
+    @property
+    def folder(self) -> pathlib.Path | None:
+        """Where this trainer's files are; None if the Deployer has no workdir."""
+        return None if self._deployer.workdir is None else self._deployer.subfolder(self.name)
+
+    # What it does.
+
+    def fit(
+        self,
+        prompts: Sequence[Any],
+        *,
+        iterations: int,
+        prompts_per_iteration: int | None = None,
+        sampling: SamplingParams | None = None,
+        prompt_tokens: int | None = None,
+        length: int | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = True,
+    ) -> RLResult:
+        """Run iterations: generate, reward, score, train.
+
+        The first call of a process goes on from the latest checkpoint in the workdir, if there is one, to the end that
+        the interrupted call had, and equals a run that was never interrupted. Later calls go on from where the trainer
+        is. SIGTERM, or a file called STOP in `folder`, saves a checkpoint after the iteration and ends the call. Where
+        something fails before an iteration trains, such as `reward_fn`, the iterations before it are saved.
+
+        Args:
+            prompts: a sequence of any objects; or examples, or pairs. In an order of its own in each pass over them.
+            iterations: of this call.
+            prompts_per_iteration: default 16, or as many as there are.
+            sampling: default 64 tokens at temperature 1. How many continuations a prompt has is the algorithm's to say.
+            prompt_tokens: of the longest prompt; default the longest of all, which are collated once for it.
+            length: of the longest example or pair, in tokens; default the longest of all.
+            checkpoint_every: iterations between checkpoints; default only the end of the call.
+            resume: False leaves a checkpoint that is there alone and starts anew.
+
+        Raises:
+            ValueError: prompts, functions or sizes of a wrong form.
+            RewardError: what `reward_fn` returned.
+            PlanError: an execution plan that cannot be carried out.
+            CheckpointError: a checkpoint that is damaged or of another model.
+            NonFiniteError: a loss or gradient that is not finite; the step was not applied.
+        """
+        for what, value in (("iterations", iterations), ("checkpoint_every", checkpoint_every)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{what}={value!r}; a whole number from 1 up")
+        if not len(prompts):
+            raise ValueError("prompts is empty: there is nothing to learn from")
+        each = min(16, len(prompts)) if prompts_per_iteration is None else prompts_per_iteration
+        sampling = self._sampling(sampling)
+        self._prepare(self._workload(prompts, each, sampling, prompt_tokens, length), sampling)
+        store = self._open_store()
+        found = store.latest_step() if store is not None and resume and self._may_resume else None
+        data_state = store.metadata(found)["data_state"] if store is not None and found is not None else {}
+        start = data_state.get("started_at", self.iteration)
+        order = PromptOrder(len(prompts), each, zlib.crc32(f"{self._seed}/{start}".encode()))
+        if differences := order.differences(data_state.get("order", {})):
+            raise ValueError(
+                f"checkpoint {found} in {self.folder} was written with other data: {'; '.join(differences)}. Give the "
+                "same, or resume=False to start anew"
+            )
+        if store is not None and found is not None:
+            self._restore(store, found, data_state)
+        self._may_resume = False
+        run = _Run(prompts, order, start, start + iterations, checkpoint_every, store)
+        log = self._deployer.logger
+        if self.iteration >= run.end:
+            log.info("%s: all %d iterations were done already", self.name, iterations)
+            return RLResult(self.iteration, {}, "finished")
+        writers = ("jsonl", *self._writers)
+        config = {"algorithm": dataclasses.asdict(self.algorithm)} if dataclasses.is_dataclass(self.algorithm) else {}
+        active = self._deployer.is_first
+        with (
+            MetricsLog(self.folder, writers, run_name=self.name, config=config, active=active) as metrics,
+            Progress(run.end, description=self.name, unit="iterations", active=active) as progress,
+            StopRequest(self.folder) as request,
+        ):
+            return self._run(run, metrics, progress, request)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk."""
+        if self._store is not None:
+            self._store.wait()
+
+    # How it is done.
+
+    def _sampling(self, sampling: SamplingParams | None) -> SamplingParams:
+        sampling = SamplingParams(max_tokens=64, temperature=1.0) if sampling is None else sampling
+        samples = self.algorithm.samples
+        if sampling.n not in (1, samples):
+            raise ValueError(
+                f"sampling.n={sampling.n}, but {type(self.algorithm).__name__} has samples={samples}; leave n out"
+            )
+        return dataclasses.replace(sampling, n=samples)
+
+    def _workload(
+        self, prompts: Sequence[Any], each: int, sampling: SamplingParams, prompt_tokens: int | None, length: int | None
+    ) -> Workload:
+        parts = PARTS[self.graph.inputs[0]]
+        most = prompt_tokens, length
+        if prompt_tokens is None or (parts > 1 and length is None):
+            with announced(f"{self.name}: looking for the longest of {len(prompts)} prompts", self._deployer.logger):
+                most = longest(prompts, self._collate_fn, parts)
+        prompt = most[0] if prompt_tokens is None else prompt_tokens
+        whole = most[1] if length is None else length
+        new = sampling.max_tokens if parts == 1 else max((whole or 0) - (prompt or 0), 1)
+        a = self.algorithm
+        return Workload(each, prompt or 1, new, samples=a.samples, minibatches=a.minibatches, epochs=a.epochs)
+
+    def _prepare(self, workload: Workload, sampling: SamplingParams) -> None:
+        """Make the runner for this form of data, with the roles as they are."""
+        problem = Problem(
+            self.algorithm,
+            self.graph,
+            workload,
+            self.members,
+            sampling,
+            self._optimizers,
+            eos=self._eos,
+            rows=self._rows,
+        )
+        if self._problem is not None and (problem.workload, problem.sampling) == (
+            self._problem.workload,
+            self._problem.sampling,
+        ):
+            return
+        devices = self._deployer.devices
+        with announced(f"{self.name}: planning", self._deployer.logger):
+            execution = resolve_execution(self._plan_wanted, problem, devices)
+        steps = build_steps(problem, execution, devices, seed=self._seed)
+        params = {role: self.members[role].params for role in self.graph.roles}
+        runner = Runner(
+            execution,
+            steps,
+            params,
+            hosts=self._hosts(),
+            devices=devices,
+            seed=self._seed,
+            together=lambda what, f, *args: within_deadline(what, self._deployer.deadline_seconds, f, *args),
+        )
+        if self._runner is not None:
+            runner.take_over(self._runner)
+        self._runner, self._problem = runner, problem
+        self._deployer.logger.info("%s: %s", self.name, _words(execution))
+        if self.folder is not None and self._deployer.is_first:
+            execution.save(self.folder / "execution.json")
+
+    def _hosts(self) -> list[HostStep]:
+        hosts = []
+        known: tuple[str, ...] = (SEQUENCES, *self._scored)
+        if self.graph.inputs == ("prompts",):
+            completions, logprobs = next(call.writes for call in self.graph.calls if call.kind == "generate")
+            hosts.append(HostStep("rollout", (completions, logprobs), ("record", SEQUENCES), self._rollout))
+            known = ("record", *known)
+            if self._reward_fn is not None:
+                hosts.append(HostStep("reward_fn", (completions,), ("rewards",), self._rewards, "first"))
+                known = (*known, "rewards")
+        hosts.append(HostStep("experience", known, (EXPERIENCE, "made"), self._experience))
+        return hosts
+
+    @property
+    def _scored(self) -> list[str]:
+        """Names of what score calls write."""
+        return [name for call in self.graph.calls if call.kind == "score" for name in call.writes]
+
+    def _rollout(self, data: Mapping[str, Any], iteration: int) -> dict[str, Any]:
+        del iteration
+        workload = self._the_problem.workload
+        call = next(call for call in self.graph.calls if call.kind == "generate")
+        completions, logprobs = (data[name] for name in call.writes)
+        record = Rollout.of(
+            data["prompts"], completions, width=workload.length, samples=workload.samples, logprobs=logprobs
+        )
+        return {"record": record, SEQUENCES: record.batch()}
+
+    def _rewards(self, data: Mapping[str, Any], iteration: int) -> dict[str, Any]:
+        written = self._written(data)
+        return {"rewards": call_rewards(self._reward_fn, written, picked=data["picked"], iteration=iteration)}
+
+    def _experience(self, data: Mapping[str, Any], iteration: int) -> dict[str, Any]:
+        del iteration
+        record = data["record"]
+        for name in (*self._scored, *(["rewards"] if self._reward_fn is not None else [])):
+            record = record.scored(name, data[name])
+        made = self.algorithm.experience(record, self._algorithm_state)
+        return {EXPERIENCE: made.batch, "made": made}
+
+    def _written(self, data: Mapping[str, Any]) -> Written:
+        call = next(call for call in self.graph.calls if call.kind == "generate")
+        sampling = self._the_problem.sampling
+        return Written.of(
+            data["objects"],
+            data[call.writes[0]],
+            samples=sampling.n,
+            decode_fn=self._decode_fn,
+            eos=self._eos if sampling.eos is None else sampling.eos,
+        )
+
+    @property
+    def _the_problem(self) -> Problem:
+        if self._problem is None:
+            raise ValueError(f"trainer {self.name!r} has seen no prompts yet: call fit first")
+        return self._problem
+
+    def _inputs(self, run: _Run, iteration: int) -> dict[str, Any]:
+        """An iteration's data from outside."""
+        picked = run.order.picked(iteration - run.start).tolist()
+        objects = [run.prompts[i] for i in picked]
+        name, workload = self.graph.inputs[0], self._the_problem.workload
+        rows: list[Row] = rows_of(objects, self._collate_fn, PARTS[name])
+        check_lengths(rows, picked, prompt_tokens=workload.prompt_tokens, width=workload.length)
+        data = {"picked": picked, "objects": objects, "rows": rows}
+        if name == "prompts":
+            return {**data, name: [row[0] for row in rows]}
+        kind = Pairs if name == "pairs" else Examples
+        record = kind.of(rows, width=workload.length)  # pyright: ignore[reportArgumentType]
+        return {**data, name: rows, "record": record, SEQUENCES: record.batch()}
+
+    def _run(self, run: _Run, log: MetricsLog, progress: Progress, request: StopRequest) -> RLResult:
+        runner, metrics, ended = self.runner, dict[str, float](), ""
+        while self.iteration < run.end and not ended:
+            number = self.iteration + 1
+            try:
+                inputs = self._inputs(run, number)
+                outcome = runner.iteration(inputs, number)
+            except BaseException:
+                self._rescue(run)
+                raise
+            self._algorithm_state = dict(outcome.data["made"].state)
+            self.iteration = number
+            metrics = self._metrics(outcome)
+            log.write(number, metrics)
+            progress.update(number, {k: metrics[k] for k in ("reward", "loss") if k in metrics})
+            if skipped := [call for call, values in outcome.metrics.items() if values.get("skipped")]:
+                raise NonFiniteError(
+                    f"iteration {number}: a loss or gradient of {', '.join(skipped)} was not finite; "
+                    f"{outcome.metrics[skipped[0]]['skipped']:g} steps were not applied"
+                )
+            ended = self._wish(request)
+            last = number == run.end or bool(ended)
+            every = run.checkpoint_every
+            if run.store is not None and (last or (every is not None and (number - run.start) % every == 0)):
+                self._save(run.store, run)
+        self.wait()
+        if ended:
+            self._deployer.logger.warning("%s: stopped after iteration %d: %s", self.name, self.iteration, ended)
+        return RLResult(self.iteration, metrics, ended or "finished")
+
+    def _metrics(self, outcome: Outcome) -> dict[str, float]:
+        made = outcome.data["made"]
+        values = iteration_metrics(self.graph, self._the_problem.workload, outcome) | dict(made.metrics)
+        if self._metrics_fn is not None:
+            values |= call_metrics(self._metrics_fn, self._written(outcome.data), np.asarray(outcome.data["rewards"]))
+        return values
+
+    def _rescue(self, run: _Run) -> None:
+        """Something failed: keep the iterations that were finished, if none was begun to be trained since."""
+        if run.store is None or self.iteration in (0, self._saved) or self.runner.changed or jax.process_count() > 1:
+            return
+        self._save(run.store, run)
+        self.wait()
+        self._deployer.logger.warning("%s: iteration %d was saved before the error", self.name, self.iteration)
+
+    def _wish(self, request: StopRequest) -> str:
+        """Why to stop now, agreed on by all processes."""
+        reason = request.reason()
+        if self._deployer.process_count == 1:
+            return reason
+        flags = within_deadline(
+            "whether a process was asked to stop",
+            self._deployer.deadline_seconds,
+            multihost_utils.process_allgather,
+            np.asarray([bool(reason)], np.int32),
+        )
+        return reason or ("another process was asked to stop" if np.asarray(flags).any() else "")
+
+    def _open_store(self) -> CheckpointStore | None:
+        if self._store is None and self.folder is not None:
+            self._store = CheckpointStore(self.folder / "checkpoints", keep=self._keep)
+        return self._store
+
+    def _save(self, store: CheckpointStore, run: _Run) -> None:
+        where = {"started_at": run.start, "order": run.order.state(), "algorithm": self._algorithm_state}
+        plan = self.execution.to_json()
+        store.save(self.iteration, {"roles": self.runner.state}, plan_json=plan, data_state=where)
+        self._saved = self.iteration
+
+    def _restore(self, store: CheckpointStore, step: int, data_state: Mapping[str, Any]) -> None:
+        restored = store.restore({"roles": self.runner.abstract_state}, step)
+        self.runner.set_state(restored["roles"])
+        self.iteration = self._saved = step
+        self._algorithm_state = {name: float(value) for name, value in data_state["algorithm"].items()}
+        self._deployer.logger.info("%s: going on from the checkpoint of iteration %d", self.name, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One call of `fit`: iterations `start + 1` to `end`."""
+
+    prompts: Sequence[Any]
+    order: PromptOrder
+    start: int
+    end: int
+    checkpoint_every: int | None
+    store: CheckpointStore | None
+
+
+def _members(
+    graph: Graph, model: Model, params: Any, given: Mapping[str, tuple[Model, Any]], rng: jax.Array
+) -> dict[str, Member]:
+    """Every role's model and parameters."""
+    if unknown := sorted(set(given) - set(graph.roles)):
+        raise ValueError(f"there is no role {unknown[0]!r} in graph {graph.name!r}; it has {', '.join(graph.roles)}")
+    members = {}
+    for i, role in enumerate(graph.roles):
+        if role in given:
+            members[role] = Member(*given[role])
+        elif role in HEADS and "head" not in _names(params, "model"):
+            members[role] = Member(model, init_head(model, jax.random.fold_in(rng, i), params))
+        else:
+            members[role] = Member(model, params)
+    return members
+
+
+def _names(params: Any, needed: str) -> set[str]:
+    """Top names of parameters with a value head; none of those without."""
+    return set(params) if isinstance(params, Mapping) and needed in params else set()
+
+
+def _optimizers(
+    graph: Graph, optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation] | None
+) -> dict[str, optax.GradientTransformation]:
+    trained = [role for role in graph.roles if graph.trains(role) is not None]
+    if optimizer is None:
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-5))
+    if not isinstance(optimizer, Mapping):
+        if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+            raise ValueError(f"optimizer is a {type(optimizer).__name__}; it must be an optax transformation")
+        return dict.fromkeys(trained, optimizer)
+    if missing := [role for role in trained if role not in optimizer]:
+        raise ValueError(f"role {missing[0]!r} is trained and has no optimizer; there are {', '.join(optimizer)}")
+    return dict(optimizer)
+
+
+def _words(execution: ExecutionPlan) -> str:
+    """One line per call: where it runs, and how."""
+    lines = [
+        f"{plan.call}: devices {plan.window}, {plan.plan.preset} on mesh {plan.plan.mesh}"
+        + (f", {plan.plan.microbatches} microbatches" if plan.plan.microbatches > 1 else "")
+        for plan in execution.calls
+    ]
+    rest = f"; offloaded between calls: {', '.join(execution.offloaded)}" if execution.offloaded else ""
+    return f"execution plan ({execution.reason or execution.cluster}){rest}\n  " + "\n  ".join(lines)
