@@ -107,11 +107,11 @@ class PredictProgram:
         pinned = layout.pin(mesh, kernels=kernels_for(plan.attention, mesh))
         outputs = shardings(layout.out_specs) if jax.process_count() == 1 else NamedSharding(mesh, P())
 
-        def predict(params: Any, batch: Any, rng: jax.Array, state: Any) -> Any:
+        def step(params: Any, batch: Any, rng: jax.Array, state: Any) -> Any:  # `search.compiler` reads this name
             return pinned(cast_floats(params, plan.compute_dtype), batch, rng, state)
 
         arguments = (self.param_shardings, self.batch_shardings, NamedSharding(mesh, P()), self.state_shardings)
-        self._predict = jax.jit(predict, in_shardings=arguments, out_shardings=outputs)
+        self._predict = jax.jit(step, in_shardings=arguments, out_shardings=outputs)
         batch, key = (layout.traced.arg(name) for name in ("batch", "rng"))
         self.abstract_arguments = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (params, batch, key, state), arguments
