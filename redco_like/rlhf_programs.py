@@ -92,7 +92,7 @@ class Standing:
         return {}
 
     def experience(self, rollout: Any, state: Any) -> Experience:
-        return Experience(rollout.batch(), {}, {})
+        return Experience(rollout.batch(), {}, dict(state))
 
 
 def programs(execution: ExecutionPlan, call: str) -> tuple[str, ...]:
@@ -134,6 +134,10 @@ def build_program(execution: ExecutionPlan, call: str, program: str, mesh: Mesh)
     params = cast_floats(member.forms, plan.plan.compute_dtype)
     one = dataclasses.replace(plan.plan, microbatches=1)
     return build_predict_program(problem.score_fn(node), params, batch, one, mesh)
+
+
+def _part(batch: Any, parts: int) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype), batch)
 
 
 def problem_of(execution: ExecutionPlan) -> Problem:
