@@ -123,13 +123,10 @@ def build_program(execution: ExecutionPlan, call: str, program: str, mesh: Mesh)
         return _generation(plan, program, member, execution, mesh)
     if program == "train":
         function, init_fn = problem.loss_fn(node), init_like(member.forms)
-        return build_train_program(
-            function, init_fn, problem.optimizers[node.role], problem.minibatch(), plan.plan, mesh
-        )
-    parts = plan.plan.microbatches
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype), problem.sequences
-    )
+        known = execution.graph.name in ALGORITHMS
+        batch = problem.minibatch() if known else _part(problem.sequences, execution.workload.minibatches)
+        return build_train_program(function, init_fn, problem.optimizers[node.role], batch, plan.plan, mesh)
+    batch = _part(problem.sequences, plan.plan.microbatches)
     # What is scored lies in the dtype of the computation: a role that is trained lends a copy in it.
     params = cast_floats(member.forms, plan.plan.compute_dtype)
     one = dataclasses.replace(plan.plan, microbatches=1)

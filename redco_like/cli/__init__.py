@@ -25,6 +25,7 @@ from redco_like.cli.explain import Explain
 from redco_like.cli.plan import Plan
 from redco_like.cli.profile import Profile
 from redco_like.cli.report import Report
+from redco_like.cli.rlhf import Rlhf
 from redco_like.cli.serve import Serve
 from redco_like.cli.terminal import Terminal, UsageError
 from redco_like.cli.validate import Validate
@@ -37,6 +38,7 @@ COMMANDS = {
     "serve": Serve,
     "explain": Explain,
     "verify": Verify,
+    "rlhf": Rlhf,
     "diff": Diff,
     "report": Report,
     "validate": Validate,

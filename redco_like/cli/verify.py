@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import shlex
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from redco_like.cli.terminal import Terminal, UsageError, bad_input, check_folde
 if TYPE_CHECKING:
     from redco_like.cli.planning import Loaded
     from search import Cluster, Plan
+    from search.rlhf import ExecutionPlan
     from search.verify import Verification
 
 Depth = Literal["fast", "full"]
@@ -53,7 +55,7 @@ class Verify:
     """
 
     plan: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="PLAN.JSON")]
-    """A plan, as `redco-like plan --out` writes it."""
+    """A plan, as `redco-like plan --out` writes it; or an execution plan, as `redco-like rlhf --out` does."""
     problem: SameProblem
     compiler: CompileOptions
     set: Annotated[str | None, optional("KEY=VALUE,...")] = None
@@ -70,6 +72,10 @@ class Verify:
 
         self.compiler.check()
         check_folder(self.out)
+        if (execution := read_execution(self.plan)) is not None:
+            from redco_like.cli import verify_execution
+
+            return verify_execution.run(self, execution, terminal)
         plan = planning.read_plan(self.plan)
         record = self.problem.over(dict(plan.problem))
         with terminal.progress("reading the plan") as tell:
@@ -93,6 +99,25 @@ class Verify:
         target = self.out or self.plan
         both = ",".join(part for part in (_without(first, settings), settings) if part)
         return f"redco-like verify {shlex.quote(str(base))} --set {both} --out {shlex.quote(str(target))}"
+
+
+def read_execution(path: pathlib.Path) -> ExecutionPlan | None:
+    """The execution plan of a file; None where it is something else.
+
+    Raises:
+        UsageError: an execution plan that cannot be read.
+    """
+    from search.rlhf import ExecutionPlan
+
+    try:
+        text = path.read_text("utf-8")
+        record = json.loads(text)
+    except (OSError, ValueError):
+        return None
+    if not (isinstance(record, dict) and "graph" in record and "calls" in record):
+        return None
+    with bad_input():
+        return ExecutionPlan.from_json(text)
 
 
 def _without(first: str | None, second: str) -> str:

@@ -20,7 +20,7 @@ from search.rlhf import CallPlan, ExecutionPlan
 HEURISTICS = {
     "colocated": "every role on all devices",
     "real": "ReaL's heuristic",
-    "real-shipped": "the plan ReaL ships",
+    "shipped": "the plan ReaL ships",
     "split": "HybridFlow's split: actor and reference, critic and reward",
     "standalone": "HybridFlow's standalone: devices of its own for every role",
 }

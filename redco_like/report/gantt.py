@@ -65,7 +65,11 @@ def lanes_of(execution: ExecutionPlan) -> list[Window]:
 def idle_share(execution: ExecutionPlan) -> float:
     """Share of a period, over all devices, in which they do nothing."""
     whole = execution.period_seconds * execution.devices
-    busy = sum((b.end - b.start) * b.window.devices for b in execution.timeline)
+    busy = 0.0
+    for lane in lanes_of(execution):
+        # A move is there twice where its two windows overlap.
+        spans = {(b.start, b.end) for b in execution.timeline if b.window.overlaps(lane)}
+        busy += lane.devices * sum(end - start for start, end in spans)
     return max(0.0, 1 - busy / whole) if whole else 0.0
 
 

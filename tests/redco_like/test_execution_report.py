@@ -61,6 +61,8 @@ def test_what_reaches_beyond_the_period_comes_back_faint():
 
 def test_idle_share_is_what_the_blocks_leave():
     plan = execution()
+    move = dataclasses.replace(plan.timeline[0], window=Window(0, 6))
+    plan = dataclasses.replace(plan, timeline=(*plan.timeline, move))
     busy = 8 * 4.4 + 4 * 1.0 + 2 * 1.6 + 2 * 1.8 + 6 * 3.8 + 2 * 4.4
     assert idle_share(plan) == pytest.approx(1 - busy / (8 * 10.2))
 
