@@ -1,0 +1,181 @@
+"""Carries out a schedule: copies within this process, what comes and goes by wire, checksums, leaf by leaf.
+
+arrays = move_pieces(schedule, HostStore(schedule, old), budget_bytes=2**28, verify=True, deadline_seconds=300)
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from pipelines.reshard_checksums import MODULUS, part_checksum
+from pipelines.reshard_links import ReshardError
+from pipelines.reshard_pieces import Box, Schedule, cut
+from pipelines.reshard_stores import DeviceStore, HostStore
+from pipelines.reshard_wire import Wire
+
+THREADS = min(4, os.cpu_count() or 1)
+BLOCK_BYTES = 8 * 2**20
+"""What one thread copies at a time."""
+ALONE_BYTES = 2**20
+"""Leaves up to here are not worth a thread's start."""
+Copy = tuple[int, Any, tuple[Any, ...], Box]
+
+
+def move_pieces(
+    schedule: Schedule,
+    store: HostStore | DeviceStore,
+    *,
+    budget_bytes: float,
+    verify: bool,
+    deadline_seconds: float,
+    arrived: Callable[[int], None] | None = None,
+) -> list[jax.Array]:
+    """Carry out a schedule between the shards of a store.
+
+    Args:
+        schedule, store: what moves, from where to where.
+        budget_bytes: for pieces in flight.
+        verify: compare checksums of new shards with those of the pieces they are made of.
+        deadline_seconds: how long another process may stand still.
+        arrived: called with each leaf when it is complete and nobody reads the old one any more.
+
+    Raises:
+        ReshardError: another process is gone, stands still or moves something else; or a checksum differs.
+    """
+    host = isinstance(store, HostStore)
+    by_leaf: list[list[int]] = [[] for _ in schedule.moves]
+    for number, piece in enumerate(schedule.pieces):
+        by_leaf[piece.leaf].append(number)
+    sums = Sums(schedule, store) if verify else None
+    made: list[jax.Array] = []
+    begun: list[list[concurrent.futures.Future[None]]] = []
+    ahead = 0
+    with (
+        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+        Wire(schedule, store, sums, budget_bytes=budget_bytes, deadline_seconds=deadline_seconds) as wire,
+    ):
+        for leaf, move in enumerate(schedule.moves):
+            # The threads have half of the budget ahead of them; a donated leaf waits for no more than that.
+            while len(begun) < len(by_leaf) and (len(begun) <= leaf or (host and ahead < budget_bytes / 2)):
+                limit = BLOCK_BYTES if host else budget_bytes / 8
+                copies = _copies(schedule, store, by_leaf[len(begun)], limit)
+                ahead += schedule.moves[len(begun)].nbytes
+                begun.append(
+                    _begin(store, copies, pool if host and schedule.moves[len(begun)].nbytes > ALONE_BYTES else None)
+                )
+            ahead -= move.nbytes
+            for future in begun[leaf]:
+                future.result()
+            begun[leaf] = []
+            wire.wait(leaf)
+            if sums is not None:
+                sums.before(leaf, by_leaf[leaf])
+            made.append(store.finish(leaf))
+            if sums is not None:
+                sums.after(leaf, by_leaf[leaf], made[-1])
+            if arrived is not None:
+                store.flush()
+                arrived(leaf)
+        store.flush()
+    if sums is not None:
+        sums.compare()
+    return made
+
+
+def _copies(schedule: Schedule, store: HostStore | DeviceStore, numbers: Sequence[int], limit: float) -> list[Copy]:
+    """(leaf, source, targets, box) within this process; large pieces are cut."""
+    here = jax.process_index()
+    copies: list[Copy] = []
+    for number in numbers:
+        piece = schedule.pieces[number]
+        itemsize = schedule.moves[piece.leaf].dtype.itemsize
+        ways = [
+            (device, (device,))
+            for device in piece.kept
+            if device.process_index == here and not store.stays(piece.leaf, device)
+        ]
+        ways += [(r.sender, r.receivers) for r in piece.routes if not r.crosses and r.sender.process_index == here]
+        if ways:
+            parts = cut(piece.box, itemsize, limit)
+            copies += [(piece.leaf, source, targets, part) for source, targets in ways for part in parts]
+    return copies
+
+
+def _begin(
+    store: HostStore | DeviceStore, copies: list[Copy], pool: concurrent.futures.Executor | None
+) -> list[concurrent.futures.Future[None]]:
+    if pool is not None:
+        return [pool.submit(store.copy, *copy) for copy in copies]
+    for copy in copies:
+        store.copy(*copy)
+    return []
+
+
+class Sums:
+    """Checksums of pieces, where they come from, and of new shards, which are made of them."""
+
+    def __init__(self, schedule: Schedule, store: HostStore | DeviceStore):
+        self._schedule, self._store = schedule, store
+        self._received: dict[int, int] = {}
+        self._pieces: dict[int, Any] = {}
+        self._shards: list[tuple[int, Any, list[int], Any]] = []
+        self._lock = threading.Lock()
+
+    def of_piece(self, number: int, device: Any) -> Any:
+        """Checksum of a piece on a device that holds it."""
+        piece = self._schedule.pieces[number]
+        held = self._store.boxes(piece.leaf, "source")[device]
+        shape = self._schedule.moves[piece.leaf].shape
+        return part_checksum(self._store.old(piece.leaf)[device], held, piece.box, shape)
+
+    def received(self, number: int, checksum: int) -> None:
+        """The sender's checksum of a piece that has come by wire."""
+        with self._lock:
+            self._received[number] = checksum
+
+    def before(self, leaf: int, numbers: Sequence[int]) -> None:
+        """Begin the checksums of what came from devices of this process."""
+        here = jax.process_index()
+        for number in numbers:
+            piece = self._schedule.pieces[number]
+            senders = [d for d in piece.kept if d.process_index == here and not self._store.stays(leaf, d)]
+            senders += [r.sender for r in piece.routes if not r.crosses and r.sender.process_index == here]
+            if senders:
+                self._pieces[number] = self.of_piece(number, senders[-1])
+
+    def after(self, leaf: int, numbers: Sequence[int], made: jax.Array) -> None:
+        """Begin the checksums of the new shards."""
+        shape = self._schedule.moves[leaf].shape
+        boxes = self._store.boxes(leaf, "target")
+        of_device: dict[Any, list[int]] = {}
+        for number in numbers:
+            piece = self._schedule.pieces[number]
+            for device in (*piece.kept, *(d for route in piece.routes for d in route.receivers)):
+                of_device.setdefault(device, []).append(number)
+        for shard in made.addressable_shards:
+            device = shard.device
+            if not self._store.stays(leaf, device):
+                total = part_checksum(shard.data, boxes[device], boxes[device], shape)
+                self._shards.append((leaf, device, of_device.get(device, []), total))
+
+    def compare(self) -> None:
+        """Compare all.
+
+        Raises:
+            ReshardError: a shard is not made of what was sent.
+        """
+        pieces = {number: int(value) for number, value in jax.device_get(self._pieces).items()} | self._received
+        totals = jax.device_get([total for *_, total in self._shards])
+        for (leaf, device, numbers, _), total in zip(self._shards, totals, strict=True):
+            wanted = sum(pieces[number] for number in numbers) % MODULUS
+            if wanted != int(total):
+                raise ReshardError(
+                    f"{self._schedule.moves[leaf].path} arrived on {device} with other values: checksum "
+                    f"{int(total):08x}, sent {wanted:08x}"
+                )

@@ -1,0 +1,287 @@
+"""Moves between random meshes of 8 CPU devices: values, shardings, bytes, donation, and what is refused."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from pipelines import reshard_moving
+from pipelines.reshard import Reshard, ReshardError, reshard
+from pipelines.reshard_checksums import MODULUS, part_checksum
+from pipelines.reshard_pieces import LeafMove, boxes, cut, make_schedule
+from search.cluster import parse_cluster
+from search.reallocation import Leaf, ShardedTree, transfer
+from sharding_rules import DATA, FSDP, TENSOR, MeshShape, make_mesh
+
+SHAPES = {"w": (8, 12), "stack": [(4, 24, 8), (24,)], "scale": (), "empty": (0, 8)}
+DTYPES = {"w": jnp.float32, "stack": [jnp.bfloat16, jnp.int8], "scale": jnp.float32, "empty": jnp.float32}
+PATHS = ["empty", "scale", "stack/0", "stack/1", "w"]
+
+
+@st.composite
+def shardings(draw):
+    """A mesh on some of the devices, in any order, and a sharding for each leaf of `SHAPES`."""
+    sizes = draw(
+        st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 2, 2), (1, 1, 4), (2, 2, 2), (1, 4, 2), (3, 2, 1)])
+    )
+    mesh_shape = MeshShape(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    devices = draw(st.permutations(jax.devices()))[: mesh_shape.size]
+    mesh = make_mesh(mesh_shape, devices)
+
+    def spec(shape):
+        axes: list[list[str]] = [[] for _ in shape]
+        for axis in draw(st.permutations((DATA, FSDP, TENSOR))):
+            if shape and draw(st.booleans()):
+                dim = draw(st.integers(0, len(shape) - 1))
+                ways = mesh_shape.sizes[axis]
+                for other in axes[dim]:
+                    ways *= mesh_shape.sizes[other]
+                if shape[dim] % ways == 0:
+                    axes[dim].append(axis)
+        return NamedSharding(mesh, P(*(tuple(a) or None for a in axes)))
+
+    return jax.tree.map(spec, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def values():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda shape, dtype: rng.normal(size=shape, scale=50).astype(dtype),
+        SHAPES,
+        DTYPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def same(tree, wanted):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tree), wanted)
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(old=shardings(), new=shardings(), donate=st.booleans(), verify=st.booleans())
+def test_values_arrive_in_the_shardings_asked_for(old, new, donate, verify):
+    wanted = values()
+    tree = jax.device_put(wanted, old)
+    moved = reshard(tree, new, donate=donate, verify=verify)
+    same(moved, wanted)
+    assert jax.tree.map(lambda x: x.sharding, moved) == new
+    # Every shard on every device, not only the first replica.
+    for leaf, value in zip(jax.tree.leaves(moved), jax.tree.leaves(wanted), strict=True):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), value[shard.index])
+    if not donate:
+        same(tree, wanted)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(old=shardings(), new=shardings(), budget=st.sampled_from([64, 1024, 2**28]))
+def test_pieces_in_device_memory_arrive_too(old, new, budget):
+    wanted = values()
+    moved = reshard(jax.device_put(wanted, old), new, method="device", budget_bytes=budget)
+    same(moved, wanted)
+    assert jax.tree.map(lambda x: x.sharding, moved) == new
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(old=shardings(), new=shardings())
+def test_bytes_predicted_are_those_that_devices_lack(old, new):
+    move = Reshard(values(), old, new)
+    lacking = dict.fromkeys((d.id for d in jax.devices()), 0)
+    kept = 0
+    flat = zip(jax.tree.leaves(values()), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    for value, a, b in flat:
+        have = a.devices_indices_map(value.shape)
+        for device, index in b.devices_indices_map(value.shape).items():
+            wants, holds = np.zeros(value.shape, bool), np.zeros(value.shape, bool)
+            wants[index] = True
+            if device in have:
+                holds[have[device]] = True
+            lacking[device.id] += int((wants & ~holds).sum()) * value.itemsize
+            kept += int((wants & holds).sum()) * value.itemsize
+    predicted = move.predicted
+    assert {d: predicted.in_bytes.get(d, 0) for d in lacking} == lacking
+    assert predicted.sent_bytes == predicted.lower_bound_bytes == sum(lacking.values())
+    assert predicted.kept_bytes == kept
+    assert sum(predicted.out_bytes.values()) == predicted.sent_bytes
+    assert predicted.crossing_bytes == 0
+    assert predicted.seconds >= predicted.bound_seconds
+    # Only holders send, or those that a piece has reached.
+    for piece in move.schedule.pieces:
+        holders = set(boxes(move.schedule.moves[piece.leaf].source, move.schedule.moves[piece.leaf].shape))
+        for route in piece.routes:
+            assert route.sender in holders
+            assert not set(route.receivers) & set(piece.kept)
+
+
+def test_the_schedule_of_pieces_sends_what_the_search_costs():
+    devices = jax.devices()
+    shape = (64, 64)
+    leaves = 12
+    cases = [
+        (MeshShape(fsdp=2, tensor=2), P(FSDP, TENSOR), 0, MeshShape(tensor=4), P(None, TENSOR), 4),
+        (MeshShape(data=2, tensor=2), P(None, TENSOR), 0, MeshShape(tensor=4), P(TENSOR), 4),
+        (MeshShape(fsdp=8), P(FSDP), 0, MeshShape(data=8), P(), 0),
+        (MeshShape(data=4), P(), 0, MeshShape(fsdp=8), P(FSDP), 0),
+        (MeshShape(), P(), 0, MeshShape(data=4), P(), 1),
+    ]
+    for mesh_a, spec_a, first_a, mesh_b, spec_b, first_b in cases:
+        old = NamedSharding(make_mesh(mesh_a, devices[first_a : first_a + mesh_a.size]), spec_a)
+        new = NamedSharding(make_mesh(mesh_b, devices[first_b : first_b + mesh_b.size]), spec_b)
+        schedule = make_schedule(LeafMove(str(i), shape, np.dtype("float32"), old, new) for i in range(leaves))
+        trees = [
+            (first, ShardedTree((Leaf(shape, 4, spec),) * leaves, mesh))
+            for first, spec, mesh in ((first_a, spec_a, mesh_a), (first_b, spec_b, mesh_b))
+        ]
+        costed = transfer(trees[0], trees[1], parse_cluster("8xA100-80"))
+        assert schedule.sent_bytes == costed.sent_bytes
+        # Whole pieces instead of fractions: the fullest sender has at most one piece of each leaf more than its share.
+        assert max(schedule.out_bytes.values(), default=0) <= costed.out_bytes.max() * 1.1 + 1
+
+
+def test_other_devices_replicas_and_single_devices():
+    devices = jax.devices()
+    x = jax.device_put(np.arange(24.0, dtype=np.float32).reshape(6, 4), SingleDeviceSharding(devices[3]))
+    spread = reshard({"x": x}, NamedSharding(make_mesh(MeshShape(fsdp=2), devices[5:7]), P(FSDP)))["x"]
+    back = reshard({"x": spread}, SingleDeviceSharding(devices[0]))["x"]
+    np.testing.assert_array_equal(back, np.arange(24.0, dtype=np.float32).reshape(6, 4))
+    assert back.devices() == {devices[0]}
+
+
+def test_compiled_moves_on_the_same_devices():
+    mesh = make_mesh(MeshShape(fsdp=4, tensor=2))
+    old = NamedSharding(mesh, P(FSDP, TENSOR))
+    tree = {"a": jnp.arange(64.0).reshape(8, 8), "b": jnp.ones((16, 8), jnp.bfloat16)}
+    new = {"a": NamedSharding(mesh, P(TENSOR)), "b": old}
+    given = jax.device_put(tree, old)
+    moved = reshard(given, new, method="compiled", budget_bytes=128, donate=True)
+    same(moved, jax.device_get(tree))
+    assert jax.tree.map(lambda x: x.sharding, moved) == new
+    assert given["a"].is_deleted()
+
+
+def test_donated_arrays_are_freed_and_what_stays_is_shared():
+    devices = jax.devices()
+    old = NamedSharding(make_mesh(MeshShape(data=2), devices[:2]), P())
+    new = NamedSharding(make_mesh(MeshShape(data=2), devices[1:3]), P())
+    x = jax.jit(lambda: jnp.arange(64.0), out_shardings=old)()
+    stays = x.addressable_shards[1].data.unsafe_buffer_pointer()
+    first, second = (shard.data for shard in x.addressable_shards)
+    y = reshard([x], new, donate=True)[0]
+    assert first.is_deleted()
+    assert not second.is_deleted()
+    assert {s.device: s.data.unsafe_buffer_pointer() for s in y.addressable_shards}[devices[1]] == stays
+    np.testing.assert_array_equal(y, np.arange(64.0))
+    with pytest.raises(ValueError, match="0 has been deleted"):
+        reshard([x], new)
+    z = reshard([y], SingleDeviceSharding(devices[7]), donate=True)[0]
+    assert y.is_deleted()
+    np.testing.assert_array_equal(z, np.arange(64.0))
+
+
+def test_a_move_can_be_repeated():
+    devices = jax.devices()
+    there = NamedSharding(make_mesh(MeshShape(fsdp=4), devices[:4]), P(FSDP))
+    here = NamedSharding(make_mesh(MeshShape(tensor=2), devices[6:]), P(None, TENSOR))
+    move = Reshard({"x": jax.ShapeDtypeStruct((8, 4), jnp.float32)}, there, here)
+    for i in range(3):
+        x = jax.device_put(np.full((8, 4), i, np.float32), there)
+        np.testing.assert_array_equal(move.run({"x": x})["x"], np.full((8, 4), i))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "int8", "bool", "float8_e4m3fn", "complex64", "int4", "uint16"]
+)
+def test_checksums_of_parts_add_up_and_see_changes(dtype):
+    rng = np.random.default_rng(1)
+    numbers = rng.integers(0, 2, size=(6, 8))
+    values = jnp.asarray(numbers).astype(dtype)
+    whole = ((0, 6), (0, 8))
+    total = int(part_checksum(values, whole, whole, (6, 8)))
+    parts = [((0, 2), (0, 8)), ((2, 6), (0, 3)), ((2, 6), (3, 8))]
+    assert sum(int(part_checksum(values, whole, part, (6, 8))) for part in parts) % MODULUS == total
+    # A shard that starts elsewhere has the numbers of the whole array.
+    assert int(part_checksum(values[2:, 3:], parts[2], parts[2], (6, 8))) == int(
+        part_checksum(values, whole, parts[2], (6, 8))
+    )
+    numbers[3, 4] = 1 - numbers[3, 4]
+    changed = jnp.asarray(numbers).astype(dtype)
+    assert int(part_checksum(changed, whole, whole, (6, 8))) != total
+    swapped = values[::-1]
+    assert int(part_checksum(swapped, whole, whole, (6, 8))) != total
+
+
+@pytest.mark.parametrize("method", ["host", "device"])
+def test_wrong_bytes_on_arrival_are_an_error(monkeypatch, method):
+    devices = jax.devices()
+    old = NamedSharding(make_mesh(MeshShape(fsdp=2), devices[:2]), P(FSDP))
+    tree = {"layers": [jax.device_put(np.arange(8.0, dtype=np.float32), old)]}
+    target = SingleDeviceSharding(devices[3])
+    name = {"host": "HostStore", "device": "DeviceStore"}[method]
+    store = getattr(reshard_moving, name)
+    write = store.write
+
+    def wrong(self, leaf, targets, box, values):
+        write(self, leaf, targets, box, np.asarray(values) + (box[0][0] == 4))
+
+    monkeypatch.setattr(store, "write", wrong)
+    with pytest.raises(ReshardError, match=r"layers/0 arrived on .* with other values"):
+        reshard(tree, target, method=method)
+    moved = reshard(tree, target, method=method, verify=False)
+    assert moved["layers"][0][4] == 5.0
+
+
+def test_foreign_trees_are_refused_before_anything_moves():
+    devices = jax.devices()
+    old = NamedSharding(make_mesh(MeshShape(fsdp=4), devices[:4]), P(FSDP))
+    new = SingleDeviceSharding(devices[5])
+    tree = {
+        "a": {"w": jax.device_put(np.ones((8, 4), np.float32), old)},
+        "b": jax.device_put(np.ones(4, np.float32), old),
+    }
+    move = Reshard(tree, old, new, donate=True)
+    wide = {**tree, "b": jax.device_put(np.ones(8, np.float32), old)}
+    half = {**tree, "b": tree["b"].astype(jnp.bfloat16)}
+    elsewhere = {**tree, "b": jax.device_put(tree["b"], devices[0])}
+    for bad, message in [
+        ({"a": tree["a"]}, "2 leaves|missing: b"),
+        ({**tree, "c": tree["b"]}, "unknown: c"),
+        (wide, r"b is float32\[8\]; declared: float32\[4\]"),
+        (half, r"b is bfloat16\[4\]; declared: float32"),
+        (elsewhere, "b lies as"),
+        ({**tree, "b": np.ones(4, np.float32)}, "b is a ndarray, not a jax.Array"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            move.run(bad)
+    assert not tree["a"]["w"].is_deleted()
+    with pytest.raises(ValueError, match="another structure"):
+        reshard(tree, {"a": new, "b": new})
+    with pytest.raises(ValueError, match="b: the target sharding is a str"):
+        reshard(tree, {"a": {"w": new}, "b": "data"})
+    mesh = make_mesh(MeshShape(tensor=8))
+    with pytest.raises(ValueError, match="b: the target sharding does not fit shape"):
+        reshard(tree, NamedSharding(mesh, P(TENSOR)))
+    with pytest.raises(ValueError, match="budget_bytes=0"):
+        reshard(tree, new, budget_bytes=0)
+    with pytest.raises(ValueError, match="method='fast'"):
+        reshard(tree, new, method="fast")
+    with pytest.raises(ValueError, match="a is a ndarray without a sharding"):
+        reshard({"a": np.ones(3)}, new)
+    with pytest.raises(ValueError, match="key_data"):
+        reshard({"key": jax.random.key(0)}, new)
+
+
+@hypothesis.given(
+    shape=st.lists(st.integers(1, 6), min_size=0, max_size=3),
+    limit=st.integers(1, 200),
+    itemsize=st.sampled_from([1, 4]),
+)
+def test_parts_of_a_box_are_its_bytes_in_order(shape, limit, itemsize):
+    number = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    parts = cut(tuple((0, n) for n in shape), itemsize, limit)
+    pieces = [number[tuple(slice(*interval) for interval in part)] for part in parts]
+    np.testing.assert_array_equal(np.concatenate([p.reshape(-1) for p in pieces]), number.reshape(-1))
+    assert all(p.size * itemsize <= max(limit, itemsize) for p in pieces)
