@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -54,7 +55,9 @@ def call_table(execution: ExecutionPlan) -> Table:
         ("state", "right"),
         ("working", "right"),
     )
-    for call in execution.calls:
+    kept = [(call.params_bytes, call.state_bytes, call.working_bytes) for call in execution.calls]
+    largest = max(max(sizes) for sizes in kept)
+    for call, sizes in zip(execution.calls, kept, strict=True):
         node = execution.graph.call(call.call)
         table.add_row(
             call.call,
@@ -63,7 +66,7 @@ def call_table(execution: ExecutionPlan) -> Table:
             mesh(call.plan),
             _how(call, node.kind),
             units.seconds(call.seconds),
-            *(units.size(n, 2**30) if n else "-" for n in (call.params_bytes, call.state_bytes, call.working_bytes)),
+            *(units.size(n, largest) if n else "-" for n in sizes),
         )
     return table
 
@@ -116,8 +119,11 @@ def mesh(plan: Plan) -> str:
 
 
 def _short(model: str) -> str:
-    """The name of an architecture, or of a file's folder."""
-    return model.rpartition("/")[0].rpartition("/")[2] if model.endswith("config.json") else model
+    """The name of an architecture, of a config.json's folder, or of another file."""
+    path = pathlib.Path(model)
+    if path.suffix != ".json":
+        return model
+    return path.parent.name if path.name == "config.json" else path.stem
 
 
 def _how(call: CallPlan, kind: str) -> str:

@@ -213,7 +213,9 @@ class ExecutionPlan:
                     ),
                 }
             )
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"the execution plan has no {error}") from None
+        except TypeError as error:
             raise ValueError(f"the execution plan cannot be read: {error}") from None
 
     def save(self, path: str | pathlib.Path) -> None:

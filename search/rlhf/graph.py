@@ -172,7 +172,9 @@ class Graph:
         try:
             calls = tuple(Call(**call) for call in record["calls"])
             return cls(**{**record, "calls": calls})
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"the graph has no {error}") from None
+        except TypeError as error:
             raise ValueError(f"the graph cannot be read: {error}") from None
 
 
