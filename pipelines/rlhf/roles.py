@@ -1,52 +1,71 @@
 """Where the parameters of roles are: at home, lent to a call with another layout, or in the host's memory.
 
-    roles = Roles(homes, tell)
+    roles = Roles(homes, offloaded=("reference",))
     roles.lend("actor", "generate", step.param_shardings)      # a copy as the call wants it, or the arrays themselves
     step.run(roles.lent("generate"), ...)
     roles.give_up("generate")
 
 A role's home holds what changes in training, as the program that trains it takes it; a role that is not trained is its
-parameters alone. Only the call that trains may consume the home, and by then nothing of it is lent.
+parameters alone. Only the call that trains may consume the home, and by then nothing of it is lent. Moves are made by
+`pipelines.reshard`; each is scheduled once and repeated in every iteration.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from pipelines.reshard import Reshard
 from pipelines.train import TrainState
-from sharding_rules import path_str
+from sharding_rules import FSDP, MeshShape, make_mesh, path_str
 
 
 class Roles:
     """The values of all roles. Calls that run at the same time may use it.
 
     Args:
-        homes: role -> its state, or its parameters where it is not trained; arrays of every process, also of those
+        homes: role -> its state, or its parameters where it is not trained; arrays on every process, also on those
             without devices of it (`absent`).
         offloaded: roles that lie in the host's memory between their calls.
+        verify: compare what arrives with checksums of what was sent.
+        deadline_seconds: how long another process may stand still in a move.
     """
 
-    def __init__(self, homes: Mapping[str, Any], *, offloaded: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        homes: Mapping[str, Any],
+        *,
+        offloaded: tuple[str, ...] = (),
+        verify: bool = True,
+        deadline_seconds: float = 300.0,
+    ):
         self._homes = dict(homes)
-        self._forms = {role: _abstract(home) for role, home in homes.items()}
+        self._forms = {role: abstract_of(home) for role, home in homes.items()}
         self._offloaded = frozenset(offloaded)
+        self._how = {"verify": verify, "deadline_seconds": deadline_seconds}
         self._lent: dict[str, Any] = {}
+        self._moves: dict[Any, Reshard] = {}
         self._lock = threading.Lock()
         for role in offloaded:
             self._homes[role] = to_host(self._homes[role])
 
     def home(self, role: str) -> Any:
-        """What a role is, as it lies now."""
+        """All of a role on its devices; what lies on the host is brought there and stays on the host as well."""
         with self._lock:
-            return self._homes[role]
+            home = self._homes[role]
+        return from_host(home)
 
     def set_home(self, role: str, home: Any) -> None:
+        """Take a role's new values; those of an offloaded one go to the host."""
+        home = to_host(home) if role in self._offloaded else home
         with self._lock:
             self._homes[role] = home
 
@@ -56,14 +75,13 @@ class Roles:
 
     def same_layout(self, role: str, shardings: Any) -> bool:
         """Whether a role's parameters lie at home as a call wants them, so that they are used where they are."""
-        if role in self._offloaded:
-            return False
-        return alike(params_of(self._forms[role]), shardings)
+        return role not in self._offloaded and alike(params_of(self._forms[role]), shardings)
 
     def lend(self, role: str, call: str, shardings: Any) -> None:
         """Bring a role's parameters to where a call wants them; arrays that are there are not copied."""
-        params = params_of(self.home(role))
-        moved = params if self.same_layout(role, shardings) else move(params, shardings)
+        with self._lock:
+            params = params_of(self._homes[role])
+        moved = self.moved((role, call), from_host(params), shardings)
         with self._lock:
             self._lent[call] = moved
 
@@ -76,18 +94,31 @@ class Roles:
         with self._lock:
             self._lent.pop(call, None)
 
-    def take_over(self, role: str, other: Roles) -> None:
-        """Take a role as other roles have it, and lay it out as here."""
-        moved = move(other.home(role), jax.tree.map(lambda x: x.sharding, self._forms[role]))
-        self.set_home(role, to_host(moved) if role in self._offloaded else moved)
+    def onload(self, role: str, call: str) -> None:
+        """Bring all of an offloaded role to its devices, for the call that trains it."""
+        home = self.home(role)
+        with self._lock:
+            self._lent[call] = home
 
-    def onload(self, role: str) -> None:
-        """Bring all of an offloaded role to its devices."""
-        self.set_home(role, from_host(self.home(role), jax.tree.map(lambda x: x.sharding, self._forms[role])))
+    def put(self, call: str, values: Any) -> None:
+        """Replace what was brought for a call by what it has made of it."""
+        with self._lock:
+            self._lent[call] = values
 
-    def offload(self, role: str) -> None:
-        """Bring all of a role to its host."""
-        self.set_home(role, to_host(self.home(role)))
+    def moved(self, key: Any, tree: Any, shardings: Any) -> Any:
+        """Bring a tree without keys to another layout; the schedule is kept under `key`."""
+        if alike(tree, shardings):
+            return tree
+        if key not in self._moves:
+            forms = abstract_of(tree)
+            sources = jax.tree.map(lambda x: x.sharding, forms)
+            self._moves[key] = Reshard(forms, sources, shardings, **self._how)
+        return self._moves[key].run(tree)
+
+    @property
+    def predicted(self) -> dict[tuple[str, str], Any]:
+        """(role, call) -> what its move is expected to take, of those that were made."""
+        return {key: move.predicted for key, move in self._moves.items() if isinstance(key, tuple) and len(key) == 2}
 
 
 def params_of(home: Any) -> Any:
@@ -95,18 +126,44 @@ def params_of(home: Any) -> Any:
     return home.params if isinstance(home, TrainState) else home
 
 
-def move(tree: Any, shardings: Any) -> Any:
-    """Bring a tree from one layout to another, on any devices, and wait for it."""
-    return jax.block_until_ready(jax.device_put(tree, shardings))
+@dataclasses.dataclass(frozen=True)
+class OnHost:
+    """An array whose shards of this process lie in its host's memory: a copy each of those that differ."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: Any
+    shards: Mapping[Any, np.ndarray]
 
 
 def to_host(tree: Any) -> Any:
-    """A tree as numpy arrays; keys stay where they are."""
-    return jax.tree.map(lambda x: x if _is_key(x) else jax.device_get(x), tree)
+    """Copy the shards of this process to its memory; the arrays are then free to go. Keys stay where they are."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or _is_key(x):
+            return x
+        copies: dict[Any, np.ndarray] = {}
+        shards = {}
+        for shard in x.addressable_shards:
+            place = tuple((s.start, s.stop) for s in shard.index)
+            if place not in copies:
+                copies[place] = np.array(shard.data)
+            shards[shard.device] = copies[place]
+        return OnHost(x.shape, x.dtype, x.sharding, shards)
+
+    return jax.tree.map(one, tree)
 
 
-def from_host(tree: Any, shardings: Any) -> Any:
-    return jax.block_until_ready(jax.device_put(tree, shardings))
+def from_host(tree: Any) -> Any:
+    """Bring what `to_host` has copied to its devices, as it lay there."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, OnHost):
+            return x
+        shards = [jax.device_put(values, device) for device, values in x.shards.items()]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards, dtype=x.dtype)
+
+    return jax.block_until_ready(jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, OnHost)))
 
 
 def alike(forms: Any, shardings: Any) -> bool:
@@ -123,7 +180,7 @@ def absent(form: Any) -> Any:
     """
 
     def one(path: Any, x: Any) -> Any:
-        if isinstance(x.sharding, NamedSharding) and x.sharding.addressable_devices:
+        if x.sharding.addressable_devices:
             raise ValueError(f"{path_str(path)} lies on devices of this process too")
         if _is_key(x):
             data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -134,7 +191,22 @@ def absent(form: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, form)
 
 
-def _abstract(tree: Any) -> Any:
+def storage(form: Any, devices: list[Any]) -> Any:
+    """Shardings over all devices, for checkpoints of what lies on those of some processes only: each array is cut along
+    its largest dimension that divides, or else whole on every device."""
+    mesh = make_mesh(MeshShape(fsdp=len(devices)), devices)
+
+    def one(x: Any) -> NamedSharding:
+        fitting = [i for i, size in enumerate(x.shape) if size and size % len(devices) == 0]
+        if not fitting:
+            return NamedSharding(mesh, P())
+        at = max(fitting, key=lambda i: x.shape[i])
+        return NamedSharding(mesh, P(*[None] * at, FSDP))
+
+    return jax.tree.map(one, form)
+
+
+def abstract_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 

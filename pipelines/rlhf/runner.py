@@ -19,9 +19,9 @@ from typing import Any, Literal
 import jax
 
 from pipelines.rlhf.exchange import Together, share
-from pipelines.rlhf.roles import Roles, absent, params_of
+from pipelines.rlhf.roles import Roles, absent, params_of, storage
 from pipelines.rlhf.schedule import Task, no_wait, run_tasks
-from pipelines.rlhf.steps import Done, Step, TrainStep, moving, place, with_moving
+from pipelines.rlhf.steps import Done, Step, TrainStep, keyed, moving, place, plain, with_moving
 from search.rlhf import Call, CallPlan, ExecutionPlan
 from sharding_rules import PlanError
 
@@ -127,27 +127,40 @@ class Runner:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Role -> all of it that training changes: what a checkpoint holds."""
-        return {role: moving(self.roles.home(role)) for role in self._trained}
+        """Role -> all of it that training changes: what a checkpoint holds. Keys are numbers.
+
+        In a run of several processes every process calls it: what lies on some of them only is spread over all devices.
+        """
+        saved = {role: plain(moving(self.roles.home(role))) for role in self._trained}
+        return {role: self.roles.moved((role, "saved", 0), x, self._saved_as(x)) for role, x in saved.items()}
 
     @property
     def abstract_state(self) -> dict[str, Any]:
-        """Shapes and shardings of `state`, as a checkpoint is restored into it; of offloaded roles, on the host."""
+        """Shapes and shardings of `state`, as a checkpoint is restored into it."""
+        forms = {role: plain(moving(self.roles.form(role))) for role in self._trained}
         return {
-            role: moving(self.roles.home(role) if role in self.execution.offloaded else self.roles.form(role))
-            for role in self._trained
+            role: jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), form, self._saved_as(form)
+            )
+            for role, form in forms.items()
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        for role, moved in state.items():
-            self.roles.set_home(role, with_moving(self.roles.home(role), moved))
+        """Go on from a checkpoint, or from the state of another runner of the same roles."""
+        for role, saved in state.items():
+            form = moving(self.roles.form(role))
+            at_home = jax.tree.map(lambda x: x.sharding, plain(form))
+            moved = self.roles.moved((role, "restored", tuple(_places(saved))), saved, at_home)
+            self.roles.set_home(role, with_moving(self.roles.home(role), keyed(moved, form)))
         self.changed = False
 
-    def take_over(self, other: Runner) -> None:
-        """Go on with the roles of another runner of the same graph, which is done for."""
-        for role in self._trained:
-            self.roles.take_over(role, other.roles)
+    def _saved_as(self, form: Any) -> Any:
+        """Where a checkpoint's arrays lie."""
+        everywhere = len({device.process_index for device in self._devices})
+        held = {d.process_index for x in jax.tree.leaves(form) for d in x.sharding.device_set}
+        if len(held) == everywhere:
+            return jax.tree.map(lambda x: x.sharding, form)
+        return storage(form, self._devices)
 
     def params(self, role: str) -> Any:
         """A role's parameters at home; the next iteration may consume them."""
@@ -295,16 +308,21 @@ class Runner:
             if not offloaded:
                 return [], []
             back, away = f"{role}: host -> {call.name}", f"{role}: {call.name} -> host"
+
+            def offload() -> None:
+                roles.set_home(role, roles.lent(call.name))
+                roles.give_up(call.name)
+
             return (
-                [("onload", Task(back, here, self._if_here(call, lambda: roles.onload(role))))],
-                [("offload", Task(away, here, self._if_here(call, lambda: roles.offload(role)), (call.name,)))],
+                [("onload", Task(back, here, self._if_here(call, lambda: roles.onload(role, call.name))))],
+                [("offload", Task(away, here, self._if_here(call, offload), (call.name,)))],
             )
         home = self.execution.home(role)
         source = "host" if offloaded else home.call
         name = f"{role}: {source} -> {call.name}"
         if roles.same_layout(role, step.param_shardings):
             return [], []
-        both = here if offloaded else here | _numbers(home)
+        both = here | _numbers(home)
         if self._several:  # all processes take part in a move, and one at a time
             both = frozenset(range(len(self._devices)))
         lend = Task(name, both, lambda: roles.lend(role, call.name, step.param_shardings))
@@ -329,8 +347,12 @@ class Runner:
         def run() -> None:
             if call.kind == "train":
                 self.changed = True
-                done = step.run(roles.home(call.role), data, number)
-                roles.set_home(call.role, done.state)
+                if call.role in self.execution.offloaded:
+                    done = step.run(roles.lent(call.name), data, number)
+                    roles.put(call.name, done.state)
+                else:
+                    done = step.run(roles.home(call.role), data, number)
+                    roles.set_home(call.role, done.state)
                 mine.append(dataclasses.replace(done, state=None))
                 return
             if roles.same_layout(call.role, step.param_shardings):
@@ -383,6 +405,10 @@ class Runner:
         if failed and error is None:
             raise CallError(f"{name!r} failed on process {failed[0][0]}: {failed[0][1]}")
         return [Done(r["outputs"], r["metrics"]) for r in records if r is not None and "outputs" in r]
+
+
+def _places(tree: Any) -> list[Any]:
+    return [x.sharding for x in jax.tree.leaves(tree)]
 
 
 def _numbers(plan: CallPlan) -> frozenset[int]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -236,6 +237,31 @@ def moving(state: Any) -> Any:
 def with_moving(state: Any, moved: Any) -> Any:
     """A state with another moving part."""
     return join(moved, split_frozen(state)[1])
+
+
+def plain(tree: Any) -> Any:
+    """A tree, or its shapes, with the numbers of its keys in their place."""
+
+    def one(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+            return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+        return jax.random.key_data(x)
+
+    return jax.tree.map(one, tree)
+
+
+def keyed(tree: Any, form: Any) -> Any:
+    """Undo `plain`, by the shapes of what it was."""
+
+    def one(x: Any, like: Any) -> Any:
+        if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+            return x
+        return jax.random.wrap_key_data(x)
+
+    return jax.tree.map(one, tree, form)
 
 
 def _forms(tree: Any) -> Any:

@@ -312,7 +312,7 @@ class RLTrainer:
             together=lambda what, f, *args: within_deadline(what, self._deployer.deadline_seconds, f, *args),
         )
         if self._runner is not None:
-            runner.take_over(self._runner)
+            runner.set_state(self._runner.state)
         self._runner, self._problem = runner, problem
         self._deployer.logger.info("%s: %s", self.name, _words(execution))
         if self.folder is not None and self._deployer.is_first:
