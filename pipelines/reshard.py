@@ -38,18 +38,17 @@ from jax.sharding import Sharding
 
 from pipelines.devices import cluster_of, memory_bytes_per_device
 from pipelines.reshard_checksums import part_checksum
+from pipelines.reshard_host import HostTree, from_host, to_host
 from pipelines.reshard_links import ReshardError
-from pipelines.reshard_moving import move_pieces
-from pipelines.reshard_pieces import LeafMove, Schedule, make_schedule
+from pipelines.reshard_moving import BUDGET_BYTES, DEADLINE_SECONDS, free, move_pieces
+from pipelines.reshard_pieces import LeafMove, Schedule, make_schedule, shardings_of
 from pipelines.reshard_stores import DeviceStore, HostStore
 from search.cluster import Cluster
 from sharding_rules.mesh import in_order
 
-__all__ = ["Predicted", "Reshard", "ReshardError", "reshard"]
+__all__ = ["HostTree", "Predicted", "Reshard", "ReshardError", "from_host", "reshard", "to_host"]
 
 Method = Literal["auto", "host", "device", "compiled"]
-BUDGET_BYTES = 256 * 2**20
-DEADLINE_SECONDS = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +122,8 @@ class Reshard:
                 raise ValueError(f"{path} is a {type(leaf).__name__}, not an array")
             if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
                 raise ValueError(f"{path} holds {leaf.dtype}; move its jax.random.key_data")
-        old = _shardings(source_shardings, self.structure, paths, "source")
-        new = _shardings(target_shardings, self.structure, paths, "target")
+        old = shardings_of(source_shardings, self.structure, paths, "source")
+        new = shardings_of(target_shardings, self.structure, paths, "target")
         self.schedule = make_schedule(
             LeafMove(path, tuple(leaf.shape), np.dtype(leaf.dtype), a, b)
             for path, (_, leaf), a, b in zip(paths, flat, old, new, strict=True)
@@ -194,7 +193,7 @@ class Reshard:
             budget_bytes=self.budget_bytes,
             verify=self.verify,
             deadline_seconds=self.deadline_seconds,
-            arrived=(lambda leaf: _free(store, leaf, arrays[leaf])) if self.donate else None,
+            arrived=(lambda leaf: free(store, leaf, arrays[leaf])) if self.donate else None,
         )
         return made
 
@@ -256,45 +255,12 @@ def reshard(
     return move.run(tree)
 
 
-def _shardings(given: Any, structure: Any, paths: Sequence[str], what: str) -> list[Sharding]:
-    """One sharding per leaf."""
-    if isinstance(given, Sharding):
-        return [given] * len(paths)
-    flat, theirs = jax.tree_util.tree_flatten_with_path(given)
-    if theirs != structure:
-        have = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat}
-        odd = sorted(have.symmetric_difference(paths))
-        raise ValueError(
-            f"the {what} shardings have another structure than the tree ({len(flat)} against {len(paths)} leaves); "
-            f"first difference: {odd[0] if odd else theirs}"
-        )
-    for path, (_, sharding) in zip(paths, flat, strict=True):
-        if not isinstance(sharding, Sharding):
-            raise ValueError(
-                f"{path}: the {what} sharding is a {type(sharding).__name__}; give a jax.sharding.Sharding"
-            )
-    return [sharding for _, sharding in flat]
-
-
 def _method(schedule: Schedule) -> Method:
     devices = {d for move in schedule.moves for side in (move.source, move.target) for d in side.device_set}
     if all(device.platform == "cpu" for device in devices):
         return "host"
     same = all(move.source.device_set == move.target.device_set == devices for move in schedule.moves)
     return "compiled" if same else "device"
-
-
-def _free(store: Any, leaf: int, array: Any) -> None:
-    """Delete what the new array does not share."""
-    if not isinstance(array, jax.Array):
-        return
-    shards = array.addressable_shards
-    going = [shard for shard in shards if not store.stays(leaf, shard.device)]
-    if len(going) == len(shards):
-        array.delete()
-    else:
-        for shard in going:
-            shard.data.delete()
 
 
 def _groups(schedule: Schedule, limit: float) -> list[list[int]]:

@@ -19,6 +19,8 @@ from pipelines.reshard_pieces import Box, Schedule, cut
 from pipelines.reshard_stores import DeviceStore, HostStore
 from pipelines.reshard_wire import Wire
 
+BUDGET_BYTES = 256 * 2**20
+DEADLINE_SECONDS = 300.0
 THREADS = min(4, os.cpu_count() or 1)
 BLOCK_BYTES = 8 * 2**20
 """What one thread copies at a time."""
@@ -115,6 +117,19 @@ def _begin(
     for copy in copies:
         store.copy(*copy)
     return []
+
+
+def free(store: HostStore | DeviceStore, leaf: int, array: Any) -> None:
+    """Delete what the new array does not share."""
+    if not isinstance(array, jax.Array):
+        return
+    shards = array.addressable_shards
+    going = [shard for shard in shards if not store.stays(leaf, shard.device)]
+    if len(going) == len(shards):
+        array.delete()
+    else:
+        for shard in going:
+            shard.data.delete()
 
 
 class Sums:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) of each dimension."""
@@ -33,8 +34,8 @@ class LeafMove:
     path: str
     shape: tuple[int, ...]
     dtype: Any
-    source: jax.sharding.Sharding
-    target: jax.sharding.Sharding
+    source: Sharding
+    target: Sharding
 
     @property
     def nbytes(self) -> int:
@@ -103,12 +104,32 @@ class Schedule:
         return digest.digest()
 
 
-def boxes(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Any, Box]:
+def boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Any, Box]:
     """The part of an array that each device of a sharding holds, over all processes."""
     return {
         device: tuple((s.start or 0, n if s.stop is None else s.stop) for s, n in zip(index, shape, strict=True))
         for device, index in sharding.devices_indices_map(shape).items()
     }
+
+
+def shardings_of(given: Any, structure: Any, paths: Sequence[str], what: str) -> list[Sharding]:
+    """One sharding per leaf."""
+    if isinstance(given, Sharding):
+        return [given] * len(paths)
+    flat, theirs = jax.tree_util.tree_flatten_with_path(given)
+    if theirs != structure:
+        have = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat}
+        odd = sorted(have.symmetric_difference(paths))
+        raise ValueError(
+            f"the {what} shardings have another structure than the tree ({len(flat)} against {len(paths)} leaves); "
+            f"first difference: {odd[0] if odd else theirs}"
+        )
+    for path, (_, sharding) in zip(paths, flat, strict=True):
+        if not isinstance(sharding, Sharding):
+            raise ValueError(
+                f"{path}: the {what} sharding is a {type(sharding).__name__}; give a jax.sharding.Sharding"
+            )
+    return [sharding for _, sharding in flat]
 
 
 def make_schedule(moves: Iterable[LeafMove]) -> Schedule:

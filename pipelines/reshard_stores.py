@@ -212,8 +212,10 @@ class DeviceStore(_Shards):
         shard, held = self.old(leaf)[source], self.boxes(leaf, "source")[source]
         if box == held:
             return shard
+        if isinstance(shard, np.ndarray):
+            return shard[(*within(box, held), ...)]
         start = np.asarray([s - begin for (s, _), (begin, _) in zip(box, held, strict=True)], np.int32)
-        return _slice(jnp.asarray(shard), start, shape_of(box))
+        return _slice(shard, start, shape_of(box))
 
     def _put(self, leaf: int, target: Any, box: Box, part: Any) -> jax.Array:
         with self._write_lock:

@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from pipelines import reshard_moving
-from pipelines.reshard import Reshard, ReshardError, reshard
+from pipelines.reshard import Reshard, ReshardError, from_host, reshard, to_host
 from pipelines.reshard_checksums import MODULUS, part_checksum
+from pipelines.reshard_host import offload_bytes
 from pipelines.reshard_pieces import LeafMove, boxes, cut, make_schedule
 from search.cluster import parse_cluster
 from search.reallocation import Leaf, ShardedTree, transfer
@@ -285,3 +286,31 @@ def test_parts_of_a_box_are_its_bytes_in_order(shape, limit, itemsize):
     pieces = [number[tuple(slice(*interval) for interval in part)] for part in parts]
     np.testing.assert_array_equal(np.concatenate([p.reshape(-1) for p in pieces]), number.reshape(-1))
     assert all(p.size * itemsize <= max(limit, itemsize) for p in pieces)
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(old=shardings(), new=shardings(), donate=st.booleans())
+def test_host_trees_come_back_as_they_lay_or_otherwise(old, new, donate):
+    wanted = values()
+    tree = jax.device_put(wanted, old)
+    host = to_host(tree, donate=donate)
+    assert all(leaf.is_deleted() == donate for leaf in jax.tree.leaves(tree))
+    assert host.nbytes == sum(value.nbytes for value in jax.tree.leaves(wanted))
+    back = from_host(host)
+    same(back, wanted)
+    assert jax.tree.map(lambda x: x.sharding, back) == old
+    other = from_host(host, new, verify=True, donate=True)
+    same(other, wanted)
+    assert jax.tree.map(lambda x: x.sharding, other) == new
+    same(back, wanted)  # nothing is shared with the memory that was given back
+    assert host.nbytes == 0
+    with pytest.raises(ValueError, match="given back"):
+        from_host(host)
+
+
+def test_host_trees_refuse_what_is_no_array_and_say_their_bytes():
+    sharding = NamedSharding(make_mesh(MeshShape(fsdp=4), jax.devices()[:4]), P(FSDP))
+    tree = {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32), "b": jax.ShapeDtypeStruct((4,), jnp.bfloat16)}
+    assert offload_bytes(tree, sharding) == 8 * 4 + 2
+    with pytest.raises(ValueError, match="a is a ndarray"):
+        to_host({"a": np.ones(3)})
