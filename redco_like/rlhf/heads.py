@@ -24,19 +24,16 @@ UNUSED = ("head", "embed_out")
 
 
 def init_head(model: Model, rng: jax.Array, params: Any = None) -> dict[str, Any]:
-    """Parameters of a model with a head, which is drawn from N(0, 1 / (D + 1)) (Stiennon et al. 2020, appendix B).
+    """Parameters of a model with a head of zeros: every value is 0 until it is trained.
 
     Args:
         model: a decoder.
-        rng: a key.
+        rng: a key, for a model that is drawn.
         params: to start from, such as the fine-tuned model's; not copied. None: drawn.
     """
-    D = model.config.embed
-    of_model, of_head = jax.random.split(rng)
-    params = model.init_fn(of_model) if params is None else params
-    kernel_D1 = jax.random.normal(of_head, (D, 1)) / jnp.sqrt(D + 1.0)
+    params = model.init_fn(rng) if params is None else params
     kept = {name: value for name, value in params.items() if name not in UNUSED}
-    return {"model": kept, "head": {"kernel": kernel_D1, "bias": jnp.zeros((1,))}}
+    return {"model": kept, "head": {"kernel": jnp.zeros((model.config.embed, 1)), "bias": jnp.zeros((1,))}}
 
 
 def token_values(model: Model, params: Any, tokens_BL: jax.Array) -> jax.Array:
