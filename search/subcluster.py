@@ -3,8 +3,8 @@
     part_of(parse_cluster("16x8xA100-80"), 4)                  # half a node
     part_of(parse_cluster("16x8xA100-80"), 32)                 # four nodes
 
-A part is a run of devices in the cluster's order that begins where its size divides. Where links differ from one such
-run to the next, it has those of the slowest.
+A part is a run of devices in the cluster's order: some devices of one node or slice, or some whole ones. Where links
+differ from one such run to the next, it has those of the slowest.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _fits(cluster: Cluster, devices: int) -> bool:
     inner = 1
     for size in sorted({*sizes, cluster.devices_per_node}):
         if devices <= size:
-            return devices % inner == 0 and size % devices == 0
+            break
         inner = size
     return devices % inner == 0
 
@@ -98,4 +98,4 @@ def _slowest(matrix: tuple[tuple[float, ...], ...], nodes: int) -> int:
         here = range(first, first + nodes)
         return min((matrix[i][j] for i in here for j in here if i != j), default=math.inf)
 
-    return min(range(0, len(matrix) - nodes + 1, nodes), key=worst)
+    return min(range(len(matrix) - nodes + 1), key=worst)
