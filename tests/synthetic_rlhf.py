@@ -2,8 +2,9 @@
 
     costs = SyntheticCosts({"actor": 7e9, ...}, workload, per_node=8)
 
-Tensor parallelism communicates per layer, and pays for leaving the node; pipelines have bubbles and decode one stage at
-a time; data parallelism needs parameters and optimizer state everywhere. 2 bytes per parameter, 16 while it is trained.
+Tensor parallelism communicates per layer; pipelines have bubbles and decode one stage at a time; data parallelism needs
+parameters and optimizer state everywhere, and sums gradients; a layer takes a least time, so that many devices for few
+rows are wasted. 2 bytes per parameter, 16 while it is trained.
 """
 
 import dataclasses
@@ -47,31 +48,39 @@ class SyntheticCosts:
         return self._known[key]
 
     def option(self, call: Call, data: int, tensor: int, stage: int) -> Option:
+        """One way to run a call."""
         work, size = self.workload, self.sizes[call.role]
         layers, width = 12 * (size / 1e8) ** 0.4, 1024 * (size / 1e9) ** 0.3
-        devices, shard = data * tensor * stage, size / (tensor * stage)
-        sequences = work.sequences / data
-        tokens = sequences * work.length
-        reduce = 4 * width * 2 * (tensor - 1) / tensor / NODE_RATE * layers / stage  # Per token.
-        passes, bubble = 1, (stage - 1) / (stage - 1 + 4 * stage)
+        shard, rows = size / (tensor * stage), work.sequences / data
+        trains = call.kind == "train"
+        floor = 3e-5 + 2e-5 * (tensor > 1)  # Seconds of a layer, however little there is to do.
+        reduce = 4 * width * (tensor - 1) / tensor / NODE_RATE  # Per token and layer.
         parts = {}
+
+        def forward(rows_at_once: float, tokens: float) -> float:
+            """A stage, with so many rows of so many tokens."""
+            flops = 2 * shard * rows_at_once * tokens / PEAK
+            return layers / stage * max(floor, rows_at_once * tokens * reduce) + flops
+
         if call.kind == "generate":
-            step = 2 * shard / MEMORY_RATE + 2e-5 * layers / stage * (1 + (tensor > 1))
-            step = max(step, 2 * shard * sequences / stage / PEAK) * stage
-            cache = sequences * work.length * layers * width * 4 / (tensor * stage)
-            parts["decode"] = work.new_tokens * (step + sequences * reduce + cache / MEMORY_RATE)
-            parts["prefill"] = 2 * shard * sequences * work.prompt_tokens / PEAK
+            at_once = rows / stage  # The stages work on as many groups of rows.
+            cache = rows * work.length * layers * width * 4 / (tensor * stage)
+            reads = (2 * shard + cache / stage / 2) / MEMORY_RATE
+            parts["decode"] = work.new_tokens * stage * max(reads, 1.5 * forward(at_once, 1.0))
+            parts["prefill"] = (2 * stage - 1) * forward(at_once, work.prompt_tokens)
             working = cache
         else:
-            passes = 3 if call.kind == "train" else 1
-            steps = work.minibatches if call.kind == "train" else 1
-            parts["compute"] = passes * (2 * shard * tokens / PEAK + tokens * reduce) / (1 - bubble)
-            working = 2.0 * tokens / steps * width * 24 / tensor / (16 if call.kind == "train" else 32)
-            if call.kind == "train":
-                rate = NODE_RATE if devices <= self.per_node else NETWORK_RATE
+            steps = work.minibatches if trains else 1
+            groups = max(1.0, min(4.0 * stage, rows / steps))
+            at_once = rows / steps / groups
+            once = forward(at_once, work.length) * (groups + stage - 1)
+            parts["compute"] = steps * once * (3 if trains else 1)
+            in_flight = min(groups, stage) if trains else 1
+            working = at_once * work.length * width * (24 * layers / stage if trains else 48) / tensor * in_flight
+            if trains:
+                rate = NODE_RATE if data * tensor * stage <= self.per_node else NETWORK_RATE
                 parts["gradients"] = steps * 4 * shard * (data - 1) / data / rate
                 working += 2 * shard
-        trains = call.kind == "train"
         return Option(
             Plan(MeshShape(data=data, tensor=tensor, stage=stage)),
             seconds=self.slower * sum(parts.values()) + 0.05,

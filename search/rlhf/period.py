@@ -13,16 +13,15 @@ versions and devices allow.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 _NEVER = float("-inf")
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """Something that keeps devices busy, once an iteration.
 
     Attributes:
@@ -38,24 +37,32 @@ class Task:
     previous: tuple[int, ...] = ()
 
 
-def period(tasks: Sequence[Task]) -> float:
-    """Seconds from one iteration's begin to the next one's, in the long run."""
-    reach = longest(tasks)
-    single = one_iteration_bound(tasks, reach)
+def period(tasks: Sequence[Task], *, below: float = float("inf")) -> float:
+    """Seconds from one iteration's begin to the next one's, in the long run.
+
+    Args:
+        below: a longer period need not be told: inf may come back for it.
+    """
+    reach = _longest(tasks)
+    single = _back_after_one(tasks, reach)
+    if single >= below:
+        return float("inf")
     again = _steps(tasks, reach)
     return single if _settles(again, single) else max(single, _karp(np.array(again)))
 
 
-def longest(tasks: Sequence[Task]) -> list[list[float]]:
+def _longest(tasks: Sequence[Task]) -> list[list[float]]:
     """Seconds from the begin of task i to the end of task j of its iteration; -inf where j need not wait for it."""
-    waits = [
-        [i for i in range(j) if tasks[i].devices & task.devices or i in task.after] for j, task in enumerate(tasks)
-    ]
+    count = len(tasks)
+    waits = []
+    for j, task in enumerate(tasks):
+        devices, after = task.devices, task.after
+        waits.append([i for i in range(j) if tasks[i].devices & devices or i in after])
     out = []
-    for i, first in enumerate(tasks):
-        row = [_NEVER] * len(tasks)
-        row[i] = first.seconds
-        for j in range(i + 1, len(tasks)):
+    for i in range(count):
+        row = [_NEVER] * count
+        row[i] = tasks[i].seconds
+        for j in range(i + 1, count):
             best = _NEVER
             for k in waits[j]:
                 if row[k] > best:
@@ -66,13 +73,13 @@ def longest(tasks: Sequence[Task]) -> list[list[float]]:
     return out
 
 
-def one_iteration_bound(tasks: Sequence[Task], reach: list[list[float]]) -> float:
+def _back_after_one(tasks: Sequence[Task], reach: list[list[float]]) -> float:
     """The largest cycle that comes back after one iteration: most often the period, and never more than it."""
     best = 0.0
     for i, row in enumerate(reach):
-        first = tasks[i]
+        devices, previous = tasks[i].devices, tasks[i].previous
         for j in range(i, len(tasks)):
-            if row[j] > best and (tasks[j].devices & first.devices or j in first.previous):
+            if row[j] > best and (tasks[j].devices & devices or j in previous):
                 best = row[j]
     return best
 
@@ -105,22 +112,12 @@ def starts(tasks: Sequence[Task], seconds: float) -> list[float]:
 
 def _steps(tasks: Sequence[Task], reach: list[list[float]]) -> list[list[float]]:
     """From the begin of task i to that of task j in the next iteration."""
-    out = []
-    for row in reach:
-        out.append(
-            [
-                max(
-                    (
-                        row[k]
-                        for k in range(j, len(tasks))
-                        if row[k] > _NEVER and (tasks[k].devices & task.devices or k in task.previous)
-                    ),
-                    default=_NEVER,
-                )
-                for j, task in enumerate(tasks)
-            ]
-        )
-    return out
+    count = len(tasks)
+    ends = [
+        [k for k in range(j, count) if tasks[k].devices & task.devices or k in task.previous]
+        for j, task in enumerate(tasks)
+    ]
+    return [[max([row[k] for k in ends[j]], default=_NEVER) for j in range(count)] for row in reach]
 
 
 def _settles(again: list[list[float]], seconds: float) -> bool:

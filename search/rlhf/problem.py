@@ -125,19 +125,25 @@ class Problem:
         """What bringing the parameters from home to a call takes."""
         if self.home[call] == call:
             return _AT_HOME
-        source, target = self.grid.relation(home[0], place[0])
-        key = call, id(place[1]), id(home[1]), source.first, target.first
-        if key not in self._moves:
-            at_home = source == target and _alike(home[1], place[1])
-            found = _AT_HOME
-            if not at_home:
-                role = self.calls[call].role
-                seconds, nbytes = self.costs.move(role, (source, home[1]), (target, place[1]))
-                # Nothing comes and nothing goes: every device has what it needs, and no more.
-                same = source == target and nbytes == 0 and home[1].params_bytes == place[1].params_bytes
-                found = _AT_HOME if same else Moved(seconds, nbytes, True)
-            self._moves[key] = found, place[1], home[1]
-        return self._moves[key][0]
+        mine, its = place[0], home[0]
+        exact = call, id(place[1]), id(home[1]), its.first, mine.first
+        known = self._moves.get(exact)
+        if known is None:
+            source, target = self.grid.relation(its, mine)
+            alike = call, id(place[1]), id(home[1]), source.first, target.first
+            known = self._moves.get(alike)
+            if known is None:
+                known = self._move(call, (target, place[1]), (source, home[1])), place[1], home[1]
+            self._moves[exact] = self._moves[alike] = known
+        return known[0]
+
+    def _move(self, call: int, place: Place, home: Place) -> Moved:
+        if home[0] == place[0] and _alike(home[1], place[1]):
+            return _AT_HOME
+        seconds, nbytes = self.costs.move(self.calls[call].role, home, place)
+        # Nothing comes and nothing goes: every device has what it needs, and no more.
+        same = home[0] == place[0] and nbytes == 0 and home[1].params_bytes == place[1].params_bytes
+        return _AT_HOME if same else Moved(seconds, nbytes, True)
 
     def host_bytes(self, call: int, home: Place, *, offload: bool = False) -> float:
         """Bytes per device that come from the host for a call, or go back after it."""

@@ -14,13 +14,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from search.cluster import Cluster
 from search.rlhf.execution import Busy, Move
 from search.rlhf.graph import Graph, Workload
 from search.rlhf.memory_timeline import Memory, Phase, memory
 from search.rlhf.options import Costs, Window
-from search.rlhf.period import Task, longest, one_iteration_bound, period, starts
+from search.rlhf.period import Task, period, starts
 from search.rlhf.problem import Place, Problem
 from search.rlhf.windows import segments
 
@@ -46,8 +47,7 @@ class Simulated:
     fits: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A task with what it is."""
 
     call: int
@@ -160,45 +160,36 @@ def steps_of(
     """
     if groups is None:
         groups = groups_of(places, problem.grid.devices)
-    steps: list[Step] = []
+    found: list[tuple[int, Phase, float, int, tuple[int, ...]]] = []  # call, phase, seconds, devices, after
     runs: dict[int, int] = {}  # call -> its task
-    arrives: list[tuple[int, int]] = []  # tasks that bring parameters, which wait for the training before; its call
     back: dict[int, int] = {}  # role -> the task that brings it back to the host after its training
-
     for call in order:
-        home = problem.home[call]
-        ready: tuple[int, ...] = ()
+        home, role = problem.home[call], problem.role[call]
+        after = tuple([runs[other] for other in problem.before[call]])
         if call not in places:
-            runs[call] = len(steps)
-            after = tuple(runs[other] for other in problem.before[call])
-            steps.append(Step(call, "call", Task(least[call], 0, after)))
-            arrives.append((runs[call], call))
+            runs[call] = len(found)
+            found.append((call, "call", least[call], 0, after))
             continue
-        place = places[call]
-        if home in places and problem.role[call] in offloaded:
-            devices = groups[home]
-            steps.append(Step(call, "onload", Task(problem.host_seconds(call, places[home]), devices)))
-            ready = (len(steps) - 1,)
-            arrives.append((ready[0], call))
-        if home in places and (moved := problem.move(call, place, places[home])).copies:
-            devices = groups[call] | groups[home]
-            steps.append(Step(call, "reallocate", Task(moved.seconds, devices, after=ready)))
-            ready = (len(steps) - 1,)
-            arrives.append((ready[0], call))
-        after = (*ready, *(runs[other] for other in problem.before[call]))
-        runs[call] = len(steps)
-        steps.append(Step(call, "call", Task(place[1].seconds, groups[call], after)))
-        arrives.append((runs[call], call))
-        if problem.role[call] in offloaded and problem.calls[call].kind == "train":
-            seconds = problem.host_seconds(call, place)
-            back[problem.role[call]] = len(steps)
-            steps.append(Step(call, "offload", Task(seconds, groups[call], after=(runs[call],))))
-    for task, call in arrives:
-        if problem.trained[call]:
-            last = back.get(problem.role[call], runs[problem.home[call]]) if steps[task].phase == "onload" else None
-            previous = (runs[problem.home[call]] if last is None else last,)
-            step = steps[task]
-            steps[task] = dataclasses.replace(step, task=dataclasses.replace(step.task, previous=previous))
+        place, known, away = places[call], home in places, role in offloaded
+        if known and away:
+            found.append((call, "onload", problem.host_seconds(call, places[home]), groups[home], ()))
+            after = (len(found) - 1, *after)
+        if known and home != call and (moved := problem.move(call, place, places[home])).copies:
+            ready = after[:1] if away else ()
+            found.append((call, "reallocate", moved.seconds, groups[call] | groups[home], ready))
+            after = (len(found) - 1, *after)
+        runs[call] = len(found)
+        found.append((call, "call", place[1].seconds, groups[call], after))
+        if away and problem.calls[call].kind == "train":
+            back[role] = len(found)
+            found.append((call, "offload", problem.host_seconds(call, place), groups[call], (runs[call],)))
+    steps = []
+    for call, phase, seconds, devices, after in found:
+        previous: tuple[int, ...] = ()
+        if problem.trained[call] and phase != "offload":  # What brings parameters, or uses them.
+            trained = runs[problem.home[call]]
+            previous = (back.get(problem.role[call], trained) if phase == "onload" else trained,)
+        steps.append(Step(call, phase, Task(seconds, devices, after, previous)))
     return steps
 
 
@@ -243,10 +234,9 @@ def best_order(
             continue
         seen.add(key)
         tasks = [step.task for step in steps_of(problem, places, order, offloaded, groups, least)]
-        if one_iteration_bound(tasks, longest(tasks)) < best:
-            seconds = period(tasks)
-            if seconds < best:
-                best, found = seconds, order
+        seconds = period(tasks, below=best)
+        if seconds < best:
+            best, found = seconds, order
     return (best, found) if best < below else (float("inf"), found)
 
 
