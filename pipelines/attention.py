@@ -54,6 +54,7 @@ class Parts:
         dtype: of all of them.
         rows, length, heads, kv_heads: mesh axes of the batch, of the queries, of their heads, and of the kv heads,
             which are whole on every device where they do not divide.
+        keys_length: mesh axes of the keys and values, before they are gathered.
         ways: numbers of parts of the queries and of their heads.
         head_dim_split: whether the layout splits the head dimension, which kernels take whole.
     """
@@ -67,6 +68,7 @@ class Parts:
     length: Any
     heads: Any
     kv_heads: Any
+    keys_length: Any
     ways: tuple[int, int]
     head_dim_split: bool
 
@@ -105,7 +107,7 @@ class AttentionKernels:
         q_BLNH, k_BMKH, v_BMKV = _joined(*operands)
         if not q_BLNH.dtype == k_BMKH.dtype == v_BMKV.dtype:
             return _tell_once(f"queries, keys and values are {q_BLNH.dtype}, {k_BMKH.dtype} and {v_BMKV.dtype}")
-        parts = spread(call, mesh, q_BLNH, k_BMKH, v_BMKV, specs[0])
+        parts = spread(call, mesh, q_BLNH, k_BMKH, v_BMKV, *specs[:2])
         choice = self.choices[parts] = choose(parts, self.platform, cudnn=self._cudnn(parts, mesh))
         if choice.kernel == "plain":
             return _tell_once(choice.reason) if min(q_BLNH.shape[1], k_BMKH.shape[1]) >= TILE else None
@@ -128,8 +130,8 @@ class AttentionKernels:
         return ""
 
 
-def spread(call: AttentionCall, mesh: Mesh, q_BLNH: Any, k_BMKH: Any, v_BMKV: Any, spec: P) -> Parts:
-    """A call over a mesh, its queries split by `spec`."""
+def spread(call: AttentionCall, mesh: Mesh, q_BLNH: Any, k_BMKH: Any, v_BMKV: Any, spec: P, keys: P) -> Parts:
+    """A call over a mesh, its queries split by `spec`, the length of its keys and values as `keys` has it."""
     rows, length, heads, head_dim = (*spec, *[None] * (4 - len(spec)))
 
     def ways(entry: Any) -> int:
@@ -137,7 +139,8 @@ def spread(call: AttentionCall, mesh: Mesh, q_BLNH: Any, k_BMKH: Any, v_BMKV: An
 
     kv_heads = heads if k_BMKH.shape[2] % ways(heads) == 0 else None
     shapes = tuple(q_BLNH.shape), tuple(k_BMKH.shape), tuple(v_BMKV.shape)
-    split = rows, length, heads, kv_heads, (ways(length), ways(heads)), bool(_axes(head_dim))
+    keys_length = keys[1] if len(keys) > 1 and k_BMKH.shape[1] % ways(keys[1]) == 0 else None
+    split = rows, length, heads, kv_heads, keys_length, (ways(length), ways(heads)), bool(_axes(head_dim))
     return Parts(call, *shapes, q_BLNH.dtype, *split)
 
 
@@ -207,10 +210,16 @@ def _joined(q_BLNH: Any, k_BMKH: Any, v_BMKV: Any, *more: Any) -> tuple[Any, Any
 
 def _over(parts: Parts, mesh: Mesh, body: Callable[..., Any], *first_specs: Any) -> Callable[..., Any]:
     """`body` on each device's part of queries, keys and values, after arguments that are split by `first_specs`."""
-    queries, keys = P(parts.rows, parts.length, parts.heads, None), P(parts.rows, None, parts.kv_heads, None)
+    queries = P(parts.rows, parts.length, parts.heads, None)
+    keys = P(parts.rows, parts.keys_length, parts.kv_heads, None)
+    gathered = _axes(parts.keys_length)
 
     def local(*args: Any) -> Any:
         *first, q_BLNH, k_BMKH, v_BMKV = args
+        if gathered:
+            # Here, and not before: their gradients are then scattered as they are summed. Of a sum over all devices
+            # that is cut afterwards, XLA makes this only where nothing is between (half the bytes; GPT-3 on v5e).
+            k_BMKH, v_BMKV = (jax.lax.all_gather(x, gathered, axis=1, tiled=True) for x in (k_BMKH, v_BMKV))
         if parts.kv_heads != parts.heads:
             k_BMKH, v_BMKV = (_own_heads(parts, x) for x in (k_BMKH, v_BMKV))
         with jax.named_scope(parts.call.name):  # `search.hlo_products` reads it in the compiled program

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
@@ -29,6 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 2e-5
 """Of values and gradients of order 1, in float32: sums in another order."""
 ALONG = P(("data", "fsdp"), "context", "tensor")
+WHOLE = P()
 CALLS = {
     "causal": {"causal": True},
     "full": {"causal": False},
@@ -60,11 +62,11 @@ def value_and_gradients(f, given):
     return jax.jit(both)(*given)
 
 
-def assert_kernel_equals_plain(call, platform, mesh_name, given, kernel):
+def assert_kernel_equals_plain(call, platform, mesh_name, given, kernel, keys=WHOLE):
     shape = MeshShape.parse(mesh_name)
     mesh = make_mesh(shape, devices=jax.devices()[: shape.size])
     kernels = AttentionKernels(platform, interpret=True)
-    got = value_and_gradients(lambda *xs: kernels(call, mesh, xs, [ALONG, P(), P()]), given)
+    got = value_and_gradients(lambda *xs: kernels(call, mesh, xs, [ALONG, keys, keys]), given)
     assert [choice.kernel for choice in kernels.choices.values()] == [kernel]
     for have, want in zip(got, value_and_gradients(lambda *xs: plain(call, *xs), given), strict=True):
         np.testing.assert_allclose(have, want, atol=TOLERANCE * float(jnp.abs(want).max()))
@@ -85,6 +87,24 @@ def assert_kernel_equals_plain(call, platform, mesh_name, given, kernel):
 )
 def test_splash_equals_plain_value_and_gradients(name, mesh, sizes):
     assert_kernel_equals_plain(AttentionCall(scale=0.3, **CALLS[name]), "tpu", mesh, operands(**sizes), "splash")
+
+
+@pytest.mark.parametrize("name, mesh", [("causal", "data=2,tensor=2,context=2"), ("full", "context=4")])
+def test_splash_gathers_keys_that_are_split(name, mesh):
+    call = AttentionCall(scale=0.3, **CALLS[name])
+    assert_kernel_equals_plain(call, "tpu", mesh, operands(L=512), "splash", keys=ALONG)
+
+
+def test_gradients_of_keys_are_scattered_as_they_are_summed():
+    mesh, call = make_mesh(MeshShape(context=4), devices=jax.devices()[:4]), AttentionCall(scale=0.3, causal=True)
+    kernels = AttentionKernels("tpu", interpret=True)
+
+    def total(*xs):
+        return kernels(call, mesh, xs, [ALONG, ALONG, ALONG]).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*operands(L=512)))
+    over = re.findall(r"\b(all_gather|reduce_scatter|psum)\w*\[[^]]*'context'", text)
+    assert sorted(over) == ["all_gather"] * 2 + ["reduce_scatter"] * 2
 
 
 @pytest.mark.parametrize(
@@ -224,7 +244,7 @@ def parts_of(spec=ALONG, mesh="data=1", call=None, **sizes):
     q, k, v = jax.eval_shape(functools.partial(operands, **sizes))
     shape = MeshShape.parse(mesh)
     call = call or AttentionCall(causal=True, scale=0.3)
-    return spread(call, make_mesh(shape, jax.devices()[: shape.size]), q, k, v, spec)
+    return spread(call, make_mesh(shape, jax.devices()[: shape.size]), q, k, v, spec, spec)
 
 
 @pytest.mark.parametrize(
