@@ -37,6 +37,9 @@ from sharding_rules import DATA, MeshShape, PlanError, make_mesh
 class GenerateStep:
     """Continues an iteration's prompts.
 
+    Attributes:
+        sampling: how; may be replaced by another that has no more tokens and as many continuations.
+
     Args:
         model: a decoder; abstract_params: shapes of its parameters.
         call: window and plans.
@@ -71,7 +74,7 @@ class GenerateStep:
     ):
         self.reads, self._writes = ("prompts",), writes
         self.mesh = window_mesh(call, devices)
-        self._sampling = dataclasses.replace(sampling, logprobs=True)
+        self.sampling = sampling
         self._seed, self._length = seed, prompt_tokens + sampling.max_tokens
         blocks = _blocks(self.mesh, call)
         plans = _within(call.prefill or call.plan, len(blocks)), _within(call.plan, len(blocks))
@@ -118,7 +121,7 @@ class GenerateStep:
         for i, completion in enumerate(written):
             if completion.finish == "error":
                 raise ValueError(
-                    f"completion {i % self._sampling.n} of prompt {mine[i // self._sampling.n]}: {completion.error}"
+                    f"completion {i % self.sampling.n} of prompt {mine[i // self.sampling.n]}: {completion.error}"
                 )
         tokens, logprobs = self._writes
         outputs = {
@@ -137,8 +140,8 @@ class GenerateStep:
             self._engine.release()
 
     def _asked(self, prompt: int, iteration: int) -> SamplingParams:
-        seed = zlib.crc32(f"{self._seed}/{self._sampling.seed}/{iteration}/{prompt}".encode())
-        return dataclasses.replace(self._sampling, seed=seed)
+        seed = zlib.crc32(f"{self._seed}/{self.sampling.seed}/{iteration}/{prompt}".encode())
+        return dataclasses.replace(self.sampling, seed=seed, logprobs=True)
 
 
 def _blocks(mesh: Mesh, call: CallPlan) -> list[list[Any]]:

@@ -33,6 +33,7 @@ from redco_like.metrics import MetricsLog, Progress, Writer
 from redco_like.models.model import Model
 from redco_like.rlhf.algorithm import Algorithm, Examples, Pairs, Rollout
 from redco_like.rlhf.building import EXPERIENCE, PARTS, SEQUENCES, Member, Problem, build_steps
+from redco_like.rlhf.generation import GenerateStep
 from redco_like.rlhf.heads import init_head
 from redco_like.rlhf.planning import resolve_execution
 from redco_like.rlhf.prompts import PromptOrder, Row, check_lengths, longest, rows_of
@@ -221,7 +222,7 @@ class RLTrainer:
             raise ValueError("prompts is empty: there is nothing to learn from")
         each = min(16, len(prompts)) if prompts_per_iteration is None else prompts_per_iteration
         sampling = self._sampling(sampling)
-        self._prepare(self._workload(prompts, each, sampling, prompt_tokens, length), sampling)
+        workload = self._workload(prompts, each, sampling, prompt_tokens, length)
         store = self._open_store()
         found = store.latest_step() if store is not None and resume and self._may_resume else None
         data_state = store.metadata(found)["data_state"] if store is not None and found is not None else {}
@@ -232,10 +233,12 @@ class RLTrainer:
                 f"checkpoint {found} in {self.folder} was written with other data: {'; '.join(differences)}. Give the "
                 "same, or resume=False to start anew"
             )
+        run = _Run(prompts, order, workload, start, start + iterations, checkpoint_every, store)
+        _ = self._inputs(run, (self.iteration if found is None else found) + 1)  # what is wrong with it shows first
+        self._prepare(workload, sampling)
         if store is not None and found is not None:
             self._restore(store, found, data_state)
         self._may_resume = False
-        run = _Run(prompts, order, start, start + iterations, checkpoint_every, store)
         log = self._deployer.logger
         if self.iteration >= run.end:
             log.info("%s: all %d iterations were done already", self.name, iterations)
@@ -292,10 +295,11 @@ class RLTrainer:
             eos=self._eos,
             rows=self._rows,
         )
-        if self._problem is not None and (problem.workload, problem.sampling) == (
-            self._problem.workload,
-            self._problem.sampling,
-        ):
+        if self._runner is not None and self._problem is not None and workload == self._problem.workload:
+            for step in self._runner.steps.values():
+                if isinstance(step, GenerateStep):
+                    step.sampling = sampling
+            self._problem = problem
             return
         devices = self._deployer.devices
         with announced(f"{self.name}: planning", self._deployer.logger):
@@ -379,7 +383,7 @@ class RLTrainer:
         """An iteration's data from outside."""
         picked = run.order.picked(iteration - run.start).tolist()
         objects = [run.prompts[i] for i in picked]
-        name, workload = self.graph.inputs[0], self._the_problem.workload
+        name, workload = self.graph.inputs[0], run.workload
         rows: list[Row] = rows_of(objects, self._collate_fn, PARTS[name])
         check_lengths(rows, picked, prompt_tokens=workload.prompt_tokens, width=workload.length)
         data = {"picked": picked, "objects": objects, "rows": rows}
@@ -472,6 +476,7 @@ class _Run:
 
     prompts: Sequence[Any]
     order: PromptOrder
+    workload: Workload
     start: int
     end: int
     checkpoint_every: int | None

@@ -1,0 +1,280 @@
+"""Execution plans that run: tasks in order, values between processes, roles that are lent, refused plans."""
+
+import threading
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pipelines.rlhf import HostStep, Runner, ScoreStep, TrainStep, window_mesh
+from pipelines.rlhf.exchange import pack, unpack
+from pipelines.rlhf.roles import Roles, from_host, storage, to_host
+from pipelines.rlhf.schedule import Task, run_tasks
+from search import Plan
+from search.rlhf import Call, CallPlan, ExecutionPlan, Graph, Window, Workload
+from sharding_rules import DATA, FSDP, MeshShape, PlanError, make_mesh
+
+# Tasks.
+
+
+def nothing():
+    pass
+
+
+def test_tasks_on_disjoint_devices_overlap():
+    meet = threading.Barrier(2, timeout=20)  # broken unless both are inside at once
+    spans = run_tasks([Task("a", frozenset({0}), meet.wait), Task("b", frozenset({1}), meet.wait)])
+    assert [span.name for span in spans] == ["a", "b"]
+    assert spans[0].start < spans[1].end and spans[1].start < spans[0].end  # noqa: PT018
+
+
+def test_what_the_host_does_overlaps_and_stays_in_its_thread():
+    meet, seen = threading.Barrier(2, timeout=20), []
+
+    def on_host():
+        seen.append(threading.current_thread())
+        meet.wait()
+
+    run_tasks([Task("score", frozenset({0}), meet.wait), Task("reward", frozenset(), on_host)])
+    assert seen == [threading.main_thread()]
+
+
+@given(
+    st.lists(st.tuples(st.frozensets(st.integers(0, 3)), st.lists(st.integers(0, 9), max_size=2)), max_size=9),
+    st.booleans(),
+)
+def test_tasks_keep_the_order_of_the_list_on_every_device(drawn, waves):
+    began, lock = [], threading.Lock()
+    busy: dict[int, str] = {}
+    clashes = []
+
+    def task(i, devices, after):
+        def run():
+            with lock:
+                began.append(i)
+                clashes.extend(device for device in devices if device in busy)
+                busy.update(dict.fromkeys(devices, i))
+            time.sleep(0.0002)
+            with lock:
+                for device in devices:
+                    del busy[device]
+
+        return Task(str(i), devices, run, tuple(str(j) for j in after if j < i))
+
+    tasks = [task(i, devices, after) for i, (devices, after) in enumerate(drawn)]
+    spans = {span.name: span for span in run_tasks(tasks, waves=waves)}
+    assert sorted(began) == list(range(len(tasks)))
+    assert not clashes
+    for device in range(4):
+        mine = [i for i in began if device in drawn[i][0]]
+        assert mine == sorted(mine)
+    for task_ in tasks:
+        assert all(spans[name].end <= spans[task_.name].start for name in task_.after)
+
+
+def test_a_task_that_fails_is_named_and_no_other_begins():
+    began = []
+
+    def fail():
+        raise KeyError("gone")
+
+    tasks = [
+        Task("score", frozenset({0}), fail),
+        Task("other", frozenset({1}), lambda: time.sleep(0.05)),
+        Task("train", frozenset({0}), lambda: began.append(1), ("score",)),
+    ]
+    with pytest.raises(KeyError, match="gone") as caught:
+        run_tasks(tasks)
+    assert caught.value.__notes__ == ["while running 'score'"]
+    assert not began
+    with pytest.raises(ValueError, match="task 'a' waits for 'b', which is not before it"):
+        run_tasks([Task("a", frozenset(), nothing, ("b",)), Task("b", frozenset(), nothing)])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=8,
+)
+
+
+@given(values)
+def test_values_survive_the_way_to_another_process(value):
+    assert unpack(pack(value)) == value
+
+
+def test_arrays_survive_the_way_to_another_process():
+    for array in (np.arange(6, dtype=np.int32).reshape(2, 3), np.float32(1.1) * np.ones((0, 2), np.float32)):
+        back = unpack(pack({"x": array}))["x"]
+        assert (back.dtype, back.shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(back, array)
+    with pytest.raises(ValueError, match="a set cannot go to another process"):
+        pack({"x": {1}})
+
+
+# Roles.
+
+
+def placed(devices, spec, shape=(8, 4), **mesh):
+    mesh = make_mesh(MeshShape(**mesh), devices)
+    return jax.device_put(np.arange(np.prod(shape), dtype=np.float32).reshape(shape), NamedSharding(mesh, spec))
+
+
+def test_roles_are_used_where_they_lie_and_copied_elsewhere():
+    devices = jax.devices()
+    x = placed(devices, P(FSDP), fsdp=8)
+    roles = Roles({"actor": x})
+    assert roles.same_layout("actor", x.sharding)
+    roles.lend("actor", "score", x.sharding)
+    assert roles.lent("score") is x
+    there = NamedSharding(make_mesh(MeshShape(data=2), devices[4:6]), P(None, DATA))
+    roles.lend("actor", "generate", there)
+    copy = roles.lent("generate")
+    assert copy.sharding == there
+    roles.give_up("generate")
+    with pytest.raises(KeyError):
+        roles.lent("generate")
+    x.delete()  # as a step that is given it does
+    np.testing.assert_array_equal(copy, np.arange(32).reshape(8, 4))
+
+
+def test_offloaded_roles_come_back_as_they_lay():
+    x = placed(jax.devices()[:4], P(FSDP, DATA), fsdp=2, data=2)
+    away = to_host({"x": x, "key": jax.random.key(3)})
+    x.delete()
+    back = from_host(away)
+    assert back["x"].sharding == x.sharding
+    np.testing.assert_array_equal(back["x"], np.arange(32).reshape(8, 4))
+    replicated = to_host(placed(jax.devices()[:4], P(), data=4))
+    assert len({id(values) for values in replicated.shards.values()}) == 1  # one copy of what is the same
+
+
+def test_checkpoints_are_spread_over_all_devices():
+    form = {
+        name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in {"a": (3, 16), "b": (24, 8), "c": ()}.items()
+    }
+    specs = {name: tuple(sharding.spec) for name, sharding in storage(form, jax.devices()).items()}
+    assert specs == {"a": (None, FSDP), "b": (FSDP,), "c": ()}
+
+
+# The runner, on a graph of its own: a scorer and a learner of one role, and a teacher beside them.
+
+GRAPH = Graph(
+    "toy",
+    ("batch",),
+    (
+        Call("guess", "learner", "score", ("batch",), ("guesses",)),
+        Call("teach", "teacher", "score", ("batch",), ("answers",)),
+        Call("learn", "learner", "train", ("batch", "guesses", "answers")),
+    ),
+)
+BATCH = {"x": np.linspace(-1, 1, 32, dtype=np.float32).reshape(8, 4)}
+WEIGHTS = {"learner": {"w": np.zeros((4, 2), np.float32)}, "teacher": {"w": np.ones((4, 2), np.float32)}}
+
+
+def apply(params, batch):
+    return batch["x"] @ params["w"]
+
+
+def loss(params, batch):
+    return ((apply(params, batch) - batch["answers"]) ** 2).mean()
+
+
+def toy(where, *, devices=None, offloaded=(), hosts=None, params=WEIGHTS, drop=None):
+    calls = tuple(
+        CallPlan(name, Window(*where[name][:2]), Plan(MeshShape(**where[name][2]), where[name][3])) for name in where
+    )
+    last = max(plan.window.end for plan in calls)
+    execution = ExecutionPlan(
+        GRAPH, Workload(8, 1, 1), dict.fromkeys(GRAPH.roles, "toy"), "8 CPU devices", last, calls, offloaded=offloaded
+    )
+    devices = jax.devices() if devices is None else devices
+    forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (BATCH, WEIGHTS))
+    steps = {}
+    for plan in calls[: 0 if drop == "steps" else None]:
+        mesh = window_mesh(plan, devices)
+        call = GRAPH.call(plan.call)
+        params_form = forms[1][call.role]
+        if call.kind == "train":
+            batch = forms[0] | {"answers": jax.ShapeDtypeStruct((8, 2), np.float32)}
+            steps[call.name] = TrainStep(
+                loss, params_form, optax.sgd(0.1), batch, plan.plan, mesh, reads="lesson", minibatches=2
+            )
+        else:
+            steps[call.name] = ScoreStep(
+                apply, params_form, forms[0], plan.plan, mesh, reads="batch", writes=call.writes[0]
+            )
+    if hosts is None:
+        hosts = (HostStep("prepare", ("batch", "answers"), ("lesson",), prepare),)
+    return Runner(execution, steps, params, hosts=hosts, devices=devices)
+
+
+def prepare(data, iteration):
+    return {"lesson": {**data["batch"], "answers": data["answers"]}}
+
+
+ALONE = {name: (0, 1, {}, "data") for name in ("guess", "teach", "learn")}
+APART = {
+    "guess": (0, 4, {"data": 4}, "data"),
+    "teach": (4, 2, {"fsdp": 2}, "fsdp"),
+    "learn": (2, 4, {"fsdp": 2, "data": 2}, "fsdp+data"),
+}
+
+
+def run(runner, iterations=2):
+    return [runner.iteration({"batch": BATCH}, i + 1) for i in range(iterations)]
+
+
+def test_a_graph_on_windows_equals_one_device_with_roles_at_home_or_on_the_host():
+    alone = toy(ALONE)
+    there = run(alone)
+    assert np.abs(there[1].data["guesses"]).max() > 0.1  # the second guess is that of the learner as trained
+    for offloaded in ((), ("learner", "teacher")):
+        apart = toy(APART, offloaded=offloaded)
+        here = run(apart)
+        for a, b in zip(there, here, strict=True):
+            np.testing.assert_allclose(b.data["guesses"], a.data["guesses"], atol=1e-6)
+            assert b.metrics["learn"]["loss"] == pytest.approx(a.metrics["learn"]["loss"], abs=1e-6)
+        np.testing.assert_allclose(apart.params("learner")["w"], alone.params("learner")["w"], atol=1e-6)
+        moves = [ran.what for ran in here[1].ran if ran.kind in ("reallocate", "onload", "offload")]
+        assert moves == (
+            [
+                "learner: host -> guess",
+                "teacher: host -> teach",
+                "learner: host -> learn",
+                "learner: learn -> host",
+            ]
+            if offloaded
+            else ["learner: learn -> guess"]
+        )
+    assert [ran.what for ran in there[0].ran] == ["guess", "teach", "prepare", "learn"]  # nothing moved
+    # Another plan goes on where this one is.
+    apart.set_state(alone.state)
+    np.testing.assert_array_equal(apart.params("learner")["w"], alone.params("learner")["w"])
+
+
+def test_plans_and_steps_that_do_not_fit_are_refused():
+    with pytest.raises(PlanError, match="call 'teach' runs on devices 4-5, but there are 4"):
+        toy(APART, devices=jax.devices()[:4])
+    with pytest.raises(ValueError, match="call 'guess' has no step"):
+        toy(ALONE, drop="steps")
+    with pytest.raises(ValueError, match="role 'teacher' has no parameters; there are those of learner"):
+        toy(ALONE, params={"learner": WEIGHTS["learner"]})
+    with pytest.raises(ValueError, match="'learn' reads 'lesson', which nothing writes; there are"):
+        toy(ALONE, hosts=()).iteration({"batch": BATCH}, 1)
+    with pytest.raises(ValueError, match="two steps are named 'guess'"):
+        toy(ALONE, hosts=(HostStep("guess", (), ("lesson",), prepare),))
+    with pytest.raises(ValueError, match="'lesson' is written by 'b' and 'a'"):
+        toy(ALONE, hosts=(HostStep("a", (), ("lesson",), prepare), HostStep("b", (), ("lesson",), prepare)))
+    with pytest.raises(ValueError, match="did not write 'lesson'"):
+        toy(ALONE, hosts=(HostStep("a", ("answers",), ("lesson",), lambda data, i: {}),)).iteration({"batch": BATCH}, 1)
+    with pytest.raises(PlanError, match="is not on the devices of its window 0-0"):
+        Runner(toy(ALONE).execution, toy(APART).steps, WEIGHTS)
