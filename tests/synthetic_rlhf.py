@@ -8,6 +8,7 @@ rows are wasted. 2 bytes per parameter, 16 while it is trained.
 """
 
 import dataclasses
+import random
 
 from search.plan import Plan
 from search.rlhf import Call, Option, Window, Workload
@@ -108,3 +109,48 @@ class SyntheticCosts:
 
 def _powers(limit: int) -> list[int]:
     return [2**k for k in range(limit.bit_length()) if 2**k <= limit]
+
+
+@dataclasses.dataclass
+class RandomCosts:
+    """Any numbers at all: what is true of a search here is true of it anywhere. Bytes are about 1 a role and device.
+
+    Attributes:
+        seed: of everything.
+        count: options per call and size.
+        sizes: of windows, in devices, that have options.
+    """
+
+    seed: int
+    count: int
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+
+    def options(self, call: Call, devices: int) -> tuple[Option, ...]:
+        if devices not in self.sizes:
+            return ()
+        draw = random.Random(f"{self.seed} {call.name} {devices}")
+        out = []
+        for _ in range(self.count):
+            layout = draw.randrange(3)  # Some options lie alike.
+            mesh = MeshShape(data=devices) if layout else MeshShape(tensor=devices)
+            out.append(
+                Option(
+                    Plan(mesh, microbatches=layout + 1),
+                    seconds=draw.uniform(1, 4) * (8 / devices) ** draw.uniform(0.2, 1.1),
+                    params_bytes=1.0 * (8 / devices) ** 0.5 if layout else 1.5,
+                    working_bytes=draw.uniform(0.2, 2),
+                    state_bytes=draw.uniform(1, 4) if call.kind == "train" else 0.0,
+                    tree=(layout, devices),
+                )
+            )
+        return tuple(out)
+
+    def move(self, role: str, source: tuple[Window, Option], target: tuple[Window, Option]) -> tuple[float, float]:
+        if source[0] == target[0] and source[1].tree == target[1].tree:
+            return 0.0, 0.0
+        where = source[0].first, source[0].devices, target[0].first, target[0].devices
+        draw = random.Random(f"{self.seed} {role} {where} {source[1].tree} {target[1].tree}")
+        return draw.uniform(0, 1), draw.uniform(1, 2)
+
+    def offload(self, role: str, option: Option, nbytes: float) -> float:
+        return 0.2 * nbytes

@@ -73,7 +73,7 @@ class Memory:
         """Bytes per device from each time of a steady iteration on, per group of devices.
 
         Args:
-            spans: (call, phase) -> seconds from and to, which may reach beyond the period.
+            spans: (call, phase) -> seconds from and to of its task, which may reach beyond the period.
         """
         return tuple((group.window, _levels(group, spans, period)) for group in self.groups)
 
@@ -136,15 +136,21 @@ def phase_bytes(
 def _levels(
     group: Group, spans: Mapping[tuple[int, Phase], tuple[float, float]], period: float
 ) -> tuple[tuple[float, float], ...]:
-    active = [(*spans[key], nbytes) for key, nbytes in group.phases.items() if key in spans and nbytes]
-    times = {0.0}
-    for start, end, _ in active:
-        times |= {start % period, end % period} if period else set()
+    active: list[tuple[float, float, float]] = []
+    for (call, phase), nbytes in group.phases.items():
+        start, end = spans[call, phase]
+        # What is brought stays until it is used; devices that only send have done with it.
+        if phase == "onload":
+            end = next(spans[call, then][0] for then in ("reallocate", "call") if (call, then) in spans)
+        elif phase == "reallocate" and (call, "call") in group.phases:
+            end = spans[call, "call"][0]
+        if nbytes:
+            active.append((start, end, nbytes))
+    times = {0.0, *(time % period for start, end, _ in active for time in (start, end))} if period else {0.0}
     out: list[tuple[float, float]] = []
     for time in sorted(times):
-        level = group.resident + sum(
-            (nbytes for start, end, nbytes in active if _is_on(time, start, end, period)), start=0.0
-        )
+        on = [nbytes for start, end, nbytes in active if _is_on(time, start, end, period)]
+        level = group.resident + sum(on)
         if not out or out[-1][1] != level:
             out.append((time, level))
     return tuple(out)
@@ -152,7 +158,10 @@ def _levels(
 
 def _is_on(time: float, start: float, end: float, period: float) -> bool:
     """Whether something that lasts from start to end in every iteration is there at a time of a steady one."""
-    if end - start >= period:
+    slack = 1e-9 * period  # Ends and begins that are the same come from sums in another order.
+    if end - start >= period - slack:
         return end > start
-    start, end = start % period, end % period
-    return start <= time < end if start <= end else time >= start or time < end
+    length, since = end - start, (time - start) % period
+    if period - since <= slack:  # It begins now.
+        since = 0.0
+    return since < length - slack

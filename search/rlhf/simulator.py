@@ -12,7 +12,6 @@ waits for the training of the iteration before and for its devices, not for the 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -122,9 +121,8 @@ def simulate_numbered(
     for step, begin in zip(steps, begins, strict=True):
         call, home = problem.calls[step.call], problem.home[step.call]
         kind = call.kind if step.phase == "call" else step.phase
-        windows = [places[step.call][0]] if step.phase in ("call", "reallocate") else []
-        if step.phase != "call" and places[home][0] not in windows:
-            windows.append(places[home][0])
+        busy = {"call": (step.call,), "reallocate": (step.call, home)}.get(step.phase, (home,))
+        windows = _union([places[which][0] for which in busy])
         what = call.name if step.phase == "call" else f"{step.phase} {call.role} for {call.name}"
         timeline += [Busy(what, kind, window, begin, begin + step.task.seconds) for window in windows]
         if step.phase == "reallocate":
@@ -134,13 +132,7 @@ def simulate_numbered(
         elif step.phase != "call":
             nbytes = problem.host_bytes(step.call, places[home]) * places[home][0].devices
             moves.append(Move(call.role, step.phase, call.name, call.name, nbytes, step.task.seconds))
-    # What a phase leaves on the devices stays until the next phase of its call begins.
-    held = dict(spans)
-    for call in range(problem.count):
-        mine: list[Phase] = [step.phase for step in steps if step.call == call]
-        for phase, following in itertools.pairwise(mine):
-            held[call, phase] = spans[call, phase][0], spans[call, following][0]
-    levels = used.levels(held, seconds)
+    levels = used.levels(spans, seconds)
     return Simulated(seconds, tuple(timeline), tuple(moves), levels, used, used.fits)
 
 
@@ -191,6 +183,17 @@ def steps_of(
             previous = (back.get(problem.role[call], trained) if phase == "onload" else trained,)
         steps.append(Step(call, phase, Task(seconds, devices, after, previous)))
     return steps
+
+
+def _union(windows: Sequence[Window]) -> list[Window]:
+    """The devices of any of the windows, as windows without a device in common."""
+    out: list[Window] = []
+    for window in sorted(windows):
+        if out and window.first <= out[-1].end:
+            out[-1] = Window(out[-1].first, max(out[-1].end, window.end) - out[-1].first)
+        else:
+            out.append(window)
+    return out
 
 
 def groups_of(places: Mapping[int, Place], devices: int) -> dict[int, int]:

@@ -86,18 +86,24 @@ class Grid:
     def relation(self, source: Window, target: Window) -> tuple[Window, Window]:
         """The same pair of windows at the lowest numbers: pairs that are alike give the same.
 
+        Pairs that overlap keep their offset from each other. Of pairs that do not, those within a node are alike, and
+        so are those in different nodes.
+
         >>> Grid(4, 8, True, (8,)).relation(Window(24, 8), Window(8, 8))
         (Window(first=0, devices=8), Window(first=8, devices=8))
         """
         if not self.alike:
             return source, target
-        per = self.per_node
         if source.overlaps(target):
-            shift = min(source.first, target.first) // per * per
+            shift = min(source.first, target.first)
             return Window(source.first - shift, source.devices), Window(target.first - shift, target.devices)
+        per = self.per_node
         if source.first // per == target.first // per:  # Two slices of one node.
-            shift = source.first // per * per
-            return Window(source.first - shift, source.devices), Window(target.first - shift, target.devices)
+            ahead = -(-source.devices // target.devices) * target.devices
+            if ahead + target.devices <= per:
+                return Window(0, source.devices), Window(ahead, target.devices)
+            behind = -(-target.devices // source.devices) * source.devices
+            return Window(behind, source.devices), Window(0, target.devices)
         ahead = -(-source.devices // per) * per
         return Window(0, source.devices), Window(ahead, target.devices)
 
