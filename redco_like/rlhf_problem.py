@@ -74,34 +74,37 @@ class ModelRole:
             opt_state = jax.eval_shape(optimizer.init, split_trainable(self.values.params)[0])
             return Traced(function, opt_state if step == "train" else None, runs_as_kernel(function))
         if step == "prefill":
-            return self._cached(rows, work.prompt_tokens, None)
+            return self._cached(rows, work.prompt_tokens, token=False)
         # The mean over the answer of how much of the cache is filled.
         mean = min(work.prompt_tokens + max(work.new_tokens // 2, 1), work.length)
-        found = self._cached(rows, mean, mean - 1)
+        found = self._cached(rows, mean, token=True)
         return dataclasses.replace(found, growth=self._cache_bytes(work.length) / self._cache_bytes(mean))
 
     def _cache_bytes(self, length: int) -> int:
         cache = jax.eval_shape(lambda: self.model.init_cache(1, length))
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
-    def _cached(self, rows: int, length: int, position: int | None) -> Traced:
-        """The prompt's pass, or one more token."""
+    def _cached(self, rows: int, length: int, *, token: bool) -> Traced:
+        """The prompt's pass, or one more token of every row.
+
+        A token is costed as the engine makes it: the cache is only read, and what it gets for the token is written in
+        place.
+        """
         model = self.model
         cache = jax.eval_shape(lambda: model.init_cache(rows, length))
-        batch = {"tokens": jax.ShapeDtypeStruct((rows, length if position is None else 1), jnp.int32)}
-        if position is not None:
-            batch["position"] = jax.ShapeDtypeStruct((), jnp.int32)
+        batch = {"tokens": jax.ShapeDtypeStruct((rows, 1 if token else length), jnp.int32)}
+        if token:
+            batch["position"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
         def step(params: Any, batch: Any, state: Any) -> Any:
-            if position is None:
-                return model.prefill(params, batch["tokens"], state)
-            return model.decode(params, batch["tokens"], state, batch["position"])
+            if token:
+                return model.read(params, batch["tokens"], state, batch["position"])
+            return model.prefill(params, batch["tokens"], state)
 
-        function = trace(
-            step, cast_floats(self.values.params, self.dtype), batch, cache, names=("params", "batch", "state")
-        )
+        params = cast_floats(self.values.params, self.dtype)
+        function = trace(step, params, batch, cache, names=("params", "batch", "state"))
         # One token's scores are small, whoever computes them.
-        return Traced(function, None, position is not None or runs_as_kernel(function))
+        return Traced(function, None, token or runs_as_kernel(function))
 
 
 def call_costs(

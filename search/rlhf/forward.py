@@ -118,14 +118,14 @@ def passes(
 
 def _inner(model: TracedModel, cluster: Cluster, stage: int, fix: Mapping[str, Any], forbid: Sequence[str]) -> Any:
     """Inner sizes of the mesh that a stage has to itself."""
-    part = part_of(cluster, cluster.devices // stage)
     wanted = {name: size for name, size in fix.items() if name not in ("remat", "microbatches", "schedule", "chunks")}
     try:
+        part = part_of(cluster, cluster.devices // stage)
         return Space(
             model.on(part), part, fix=wanted, forbid=tuple(f for f in forbid if f not in wanted)
         ).inner_meshes()
     except ValueError:
-        # The sizes that are fixed do not divide what a stage has.
+        # A stage would have parts of several nodes, or what is fixed does not divide what it has.
         return []
 
 
