@@ -13,6 +13,7 @@ import random
 import numpy as np
 import optax
 
+import redco_like as rl
 from redco_like import models, rlhf
 
 LETTERS = "0123456789=;"
@@ -28,9 +29,10 @@ def decode(tokens):
     return "".join(LETTERS[token] for token in tokens)
 
 
-def questions(seed, count):
-    draw = random.Random(seed)
-    return ["".join(draw.choice("0123456789") for _ in range(4)) + "=" for _ in range(count)]
+def questions(seed, count, *, test=False):
+    """Four digits each; one list in eight is only for tests."""
+    numbers = [n for n in range(10_000) if (n % 8 == 0) == test]
+    return [f"{n:04}=" for n in random.Random(seed).choices(numbers, k=count)]
 
 
 def right(question):
@@ -73,11 +75,31 @@ def fine_tuned(deployer, *, steps=400):
     return model, trainer.params
 
 
-def share_right(model, params, asked, *, temperature=1.0):
-    """How many of these questions are answered rightly, by draws at a temperature."""
-    import redco_like as rl
-
+def share_right(model, params, *, seed=0, count=200, temperature=1.0):
+    """How many questions that nobody trained on are answered rightly, by draws at a temperature."""
+    asked = questions(seed, count, test=True)
     engine = rl.Engine(model, params, rows=64, length=16, eos=EOS)
     sampling = [rl.SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=i) for i in range(len(asked))]
     written = [decode(done.tokens[:-1]) for (done,) in engine.generate(collate_fn(asked), sampling)]
     return float(np.mean(reward_fn(asked, written)))
+
+
+def preference_pairs(model, params, *, seed, count):
+    """(question, right, wrong) made of the model's own samples, and the reward of all samples."""
+    asked = questions(seed, count)
+    engine = rl.Engine(model, params, rows=256, length=16, eos=EOS)
+    sampling = [
+        rl.SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, n=8, seed=seed * count + i) for i in range(count)
+    ]
+    pairs, rewards = [], []
+    for question, samples in zip(asked, engine.generate(collate_fn(asked), sampling), strict=True):
+        texts = [decode(done.tokens) for done in samples]
+        good = [text for text in texts if text == right(question) + ";"]
+        bad = [text for text in texts if text != right(question) + ";"]
+        rewards.append(len(good) / len(texts))
+        pairs += [(question, good[0], text) for text in bad[:2] if good]
+    return pairs, float(np.mean(rewards))
+
+
+def collate_pairs(pairs):
+    return [tuple(encode(text) for text in pair) for pair in pairs]
