@@ -78,6 +78,8 @@ def brute_force(
         candidates: places per call.
         tell: called with the number of assignments so far.
     """
+    if not all(candidates):
+        return Brute(math.inf, (), problem.orders[0], frozenset(), 0, 0)
     tables = _Tables(problem, candidates)
     fixed = max(0, problem.count - AXES)
     roles = range(len(problem.roles))

@@ -123,7 +123,7 @@ def solve(
     best, bound = outcome.best, min(outcome.bound, outcome.best.seconds)
     gap = 1 - bound / best.seconds if best.seconds else 0.0
     execution = execution_plan(problem, best, models, bound=bound, heuristics=periods, search=record)
-    execution = dataclasses.replace(execution, reason=_reason(execution, outcome.finished, time_limit))
+    execution = dataclasses.replace(execution, reason=_reason(problem, execution, outcome.finished, time_limit))
     others = {name: execution_plan(problem, found, models, bound=bound) for name, found in known.items()}
     return Found(execution, bound, gap, count, "", others)
 
@@ -213,9 +213,11 @@ def _unfinished(time_limit: float) -> str:
     )
 
 
-def _reason(execution: ExecutionPlan, finished: bool, time_limit: float) -> str:
+def _reason(problem: Problem, execution: ExecutionPlan, finished: bool, time_limit: float) -> str:
     if finished:
         proof = "no plan of the space is faster"
+    elif not problem.every_order:
+        proof = f"of {len(problem.orders)} orders of dispatch, at most {execution.gap:.1%} above the best"
     else:
         proof = f"stopped after {time_limit:.4g} s: at most {execution.gap:.1%} above the best"
     known = {name: seconds for name, seconds in execution.heuristics.items() if seconds < math.inf}

@@ -23,8 +23,8 @@ from search.space import memory_share
 
 Place = tuple[Window, Option]
 
-ORDERS = 5040
-"""At most so many orders of dispatch are told apart; a graph with more has that many of them."""
+ORDERS = 720
+"""At most so many orders of dispatch are looked at. A graph with more has the first of them, and then no proof."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,9 @@ class Problem:
         self._options: dict[tuple[int, int], tuple[Option, ...]] = {}
         self._moves: dict[tuple, tuple[Moved, Option, Option]] = {}
         self._host: dict[tuple, tuple[float, Option]] = {}
-        self.orders = tuple(itertools.islice(_orders(self.before, ()), ORDERS))
-        self.every_order = len(self.orders) < ORDERS
+        self.orders = tuple(itertools.islice(_orders(self.before, ()), ORDERS + 1))
+        self.every_order = len(self.orders) <= ORDERS
+        self.orders = self.orders[:ORDERS]
         self.positions = tuple(tuple(order.index(call) for call in range(self.count)) for order in self.orders)
         self.ancestors = tuple(self._ancestors(call) for call in range(self.count))
         self.unordered = tuple(

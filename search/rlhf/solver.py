@@ -101,7 +101,10 @@ def minimise(
     search = _Search(evaluate, allowed or {}, among or {}, dominance=dominance)
     if not all(search.tables):
         return Outcome(None, math.inf, True, 0)
-    return search.run(start, deadline, parts, tell)
+    found = search.run(start, deadline, parts, tell)
+    if not evaluate.problem.every_order:  # Then periods of parts bound those of the orders that are looked at alone.
+        return dataclasses.replace(found, bound=min(found.bound, search.bounds.root), finished=False)
+    return found
 
 
 def undominated(problem: Problem, call: int, options: Collection[Option]) -> tuple[Option, ...]:
