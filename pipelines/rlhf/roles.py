@@ -19,11 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pipelines.reshard import Reshard
+from pipelines.reshard_host import HostTree, from_host, to_host
+from pipelines.rlhf.steps import keyed, plain
 from pipelines.train import TrainState
 from sharding_rules import FSDP, MeshShape, make_mesh, path_str
 
@@ -55,17 +56,17 @@ class Roles:
         self._moves: dict[Any, Reshard] = {}
         self._lock = threading.Lock()
         for role in offloaded:
-            self._homes[role] = to_host(self._homes[role])
+            self._homes[role] = OnHost.of(self._homes[role])
 
     def home(self, role: str) -> Any:
         """All of a role on its devices; what lies on the host is brought there and stays on the host as well."""
         with self._lock:
             home = self._homes[role]
-        return from_host(home)
+        return home.back(self._how) if isinstance(home, OnHost) else home
 
     def set_home(self, role: str, home: Any) -> None:
         """Take a role's new values; those of an offloaded one go to the host."""
-        home = to_host(home) if role in self._offloaded else home
+        home = OnHost.of(home) if role in self._offloaded else home
         with self._lock:
             self._homes[role] = home
 
@@ -80,8 +81,11 @@ class Roles:
     def lend(self, role: str, call: str, shardings: Any) -> None:
         """Bring a role's parameters to where a call wants them; arrays that are there are not copied."""
         with self._lock:
-            params = params_of(self._homes[role])
-        moved = self.moved((role, call), from_host(params), shardings)
+            home = self._homes[role]
+        if isinstance(home, OnHost):
+            moved = from_host(home.params, shardings, **self._how)
+        else:
+            moved = self.moved((role, call), params_of(home), shardings)
         with self._lock:
             self._lent[call] = moved
 
@@ -128,42 +132,32 @@ def params_of(home: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class OnHost:
-    """An array whose shards of this process lie in its host's memory: a copy each of those that differ."""
+    """A role in its host's memory.
 
-    shape: tuple[int, ...]
-    dtype: Any
-    sharding: Any
-    shards: Mapping[Any, np.ndarray]
+    Attributes:
+        params: its parameters, which calls with any layout may be given.
+        rest: what else it is, if it is trained; keys are numbers.
+        form: of the rest.
+    """
 
+    params: HostTree
+    rest: HostTree | None = None
+    form: Any = None
 
-def to_host(tree: Any) -> Any:
-    """Copy the shards of this process to its memory; the arrays are then free to go. Keys stay where they are."""
+    @classmethod
+    def of(cls, home: Any) -> OnHost:
+        """Copy a role to the host; its arrays are then free to go."""
+        if not isinstance(home, TrainState):
+            return cls(to_host(home))
+        rest = dataclasses.replace(home, params=())
+        return cls(to_host(home.params), to_host(plain(rest)), abstract_of(rest))
 
-    def one(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or _is_key(x):
-            return x
-        copies: dict[Any, np.ndarray] = {}
-        shards = {}
-        for shard in x.addressable_shards:
-            place = tuple((s.start, s.stop) for s in shard.index)
-            if place not in copies:
-                copies[place] = np.array(shard.data)
-            shards[shard.device] = copies[place]
-        return OnHost(x.shape, x.dtype, x.sharding, shards)
-
-    return jax.tree.map(one, tree)
-
-
-def from_host(tree: Any) -> Any:
-    """Bring what `to_host` has copied to its devices, as it lay there."""
-
-    def one(x: Any) -> Any:
-        if not isinstance(x, OnHost):
-            return x
-        shards = [jax.device_put(values, device) for device, values in x.shards.items()]
-        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards, dtype=x.dtype)
-
-    return jax.block_until_ready(jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, OnHost)))
+    def back(self, how: Mapping[str, Any]) -> Any:
+        """All of it on its devices, as it lay."""
+        params = from_host(self.params, **how)
+        if self.rest is None:
+            return params
+        return dataclasses.replace(keyed(from_host(self.rest, **how), self.form), params=params)
 
 
 def alike(forms: Any, shardings: Any) -> bool:

@@ -98,6 +98,7 @@ class Runner:
         devices: as the plan numbers them; default all.
         seed: of the keys of the roles that are trained.
         together: calls what waits for other processes, with a limit of time.
+        deadline_seconds: how long another process may stand still in a move of parameters.
 
     Attributes:
         changed: whether a role was trained in an iteration that did not end.
@@ -117,13 +118,14 @@ class Runner:
         devices: Sequence[Any] | None = None,
         seed: int = 0,
         together: Together = no_wait,
+        deadline_seconds: float = 300.0,
     ):
         self.execution, self.steps, self.hosts = execution, dict(steps), tuple(hosts)
         self._devices = list(jax.devices() if devices is None else devices)
         self._together, self.changed = together, False
         self._several = jax.process_count() > 1
         self._check(params)
-        self.roles = Roles(self._homes(params, seed), offloaded=execution.offloaded)
+        self.roles = Roles(self._homes(params, seed), offloaded=execution.offloaded, deadline_seconds=deadline_seconds)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -322,7 +324,7 @@ class Runner:
         name = f"{role}: {source} -> {call.name}"
         if roles.same_layout(role, step.param_shardings):
             return [], []
-        both = here | _numbers(home)
+        both = here if offloaded else here | _numbers(home)
         if self._several:  # all processes take part in a move, and one at a time
             both = frozenset(range(len(self._devices)))
         lend = Task(name, both, lambda: roles.lend(role, call.name, step.param_shardings))

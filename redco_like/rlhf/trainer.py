@@ -39,6 +39,7 @@ from redco_like.rlhf.planning import resolve_execution
 from redco_like.rlhf.prompts import PromptOrder, Row, check_lengths, longest, rows_of
 from redco_like.rlhf.report import iteration_metrics
 from redco_like.rlhf.rewards import METRICS_ARGUMENTS, REWARD_ARGUMENTS, Written, call_metrics, call_rewards
+from redco_like.rlhf.samples import SamplePage, show_samples
 from redco_like.watch import NonFiniteError, StopRequest, announced
 from search.rlhf import ExecutionPlan, Graph, Workload
 
@@ -84,6 +85,8 @@ class RLTrainer:
         name: of this trainer; its files are in that folder of the workdir, its draws belong to it.
         keep_checkpoints: number of latest checkpoints kept.
         writers: where metrics go besides the JSONL file.
+        samples_every: iterations between tables of completions, in the log and in samples.html in the trainer's folder;
+            None for none.
 
     Raises:
         ValueError: functions that cannot be called, roles without a model, settings that contradict each other.
@@ -110,6 +113,7 @@ class RLTrainer:
         name: str = "rl",
         keep_checkpoints: int = 2,
         writers: Sequence[str | Writer] = (),
+        samples_every: int | None = 10,
     ):
         for role, function in (("collate_fn", collate_fn), ("decode_fn", decode_fn)):
             if function is not None and not callable(function):
@@ -136,6 +140,10 @@ class RLTrainer:
         self.members = _members(self.graph, model, params, given, deployer.rng(f"{name}/heads"))
         self._optimizers = _optimizers(self.graph, optimizer)
         self._keep, self._writers = keep_checkpoints, tuple(writers)
+        if samples_every is not None and (isinstance(samples_every, bool) or samples_every < 1):
+            raise ValueError(f"samples_every={samples_every!r}; a whole number from 1 up, or None")
+        self._samples_every = samples_every
+        self._page: SamplePage | None = None
         self._seed = zlib.crc32(f"{deployer.seed}/{name}".encode()) % 2**31
         self.iteration = 0
         self._algorithm_state: dict[str, float] = dict(algorithm.start())
@@ -314,6 +322,7 @@ class RLTrainer:
             devices=devices,
             seed=self._seed,
             together=lambda what, f, *args: within_deadline(what, self._deployer.deadline_seconds, f, *args),
+            deadline_seconds=self._deployer.deadline_seconds,
         )
         if self._runner is not None:
             runner.set_state(self._runner.state)
@@ -407,6 +416,7 @@ class RLTrainer:
             self.iteration = number
             metrics = self._metrics(outcome)
             log.write(number, metrics)
+            self._show(outcome, number)
             progress.update(number, {k: metrics[k] for k in ("reward", "loss") if k in metrics})
             if skipped := [call for call, values in outcome.metrics.items() if values.get("skipped")]:
                 raise NonFiniteError(
@@ -429,6 +439,28 @@ class RLTrainer:
         if self._metrics_fn is not None:
             values |= call_metrics(self._metrics_fn, self._written(outcome.data), np.asarray(outcome.data["rewards"]))
         return values
+
+    def _show(self, outcome: Outcome, number: int) -> None:
+        """Completions of the first iteration, and of one from time to time, for people to look at."""
+        every = self._samples_every
+        if every is None or not self._deployer.is_first or self.graph.inputs != ("prompts",):
+            return
+        if number != 1 and number % every:
+            return
+        if self._page is None and self.folder is not None:
+            self._page = SamplePage(self.folder / "samples.html", title=f"Completions of {self.name}")
+        written, rewards = self._written(outcome.data), np.asarray(outcome.data["rewards"]).tolist()
+        lengths = [len(row) for row in written.tokens]
+        show_samples(
+            number,
+            written.prompts,
+            written.completions,
+            rewards,
+            lengths,
+            logger=self._deployer.logger,
+            page=self._page,
+            name=self.name,
+        )
 
     def _rescue(self, run: _Run) -> None:
         """Something failed: keep the iterations that were finished, if none was begun to be trained since."""

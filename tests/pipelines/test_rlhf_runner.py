@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from pipelines.rlhf import HostStep, Runner, ScoreStep, TrainStep, window_mesh
 from pipelines.rlhf.exchange import pack, unpack
-from pipelines.rlhf.roles import Roles, from_host, storage, to_host
+from pipelines.rlhf.roles import Roles, storage
 from pipelines.rlhf.schedule import Task, run_tasks
 from search import Plan
 from search.rlhf import Call, CallPlan, ExecutionPlan, Graph, Window, Workload
@@ -146,15 +146,18 @@ def test_roles_are_used_where_they_lie_and_copied_elsewhere():
     np.testing.assert_array_equal(copy, np.arange(32).reshape(8, 4))
 
 
-def test_offloaded_roles_come_back_as_they_lay():
+def test_offloaded_roles_are_lent_from_the_host():
     x = placed(jax.devices()[:4], P(FSDP, DATA), fsdp=2, data=2)
-    away = to_host({"x": x, "key": jax.random.key(3)})
+    roles = Roles({"critic": x}, offloaded=("critic",))
     x.delete()
-    back = from_host(away)
-    assert back["x"].sharding == x.sharding
-    np.testing.assert_array_equal(back["x"], np.arange(32).reshape(8, 4))
-    replicated = to_host(placed(jax.devices()[:4], P(), data=4))
-    assert len({id(values) for values in replicated.shards.values()}) == 1  # one copy of what is the same
+    assert not roles.same_layout("critic", x.sharding)
+    there = NamedSharding(make_mesh(MeshShape(data=2), jax.devices()[5:7]), P(None, DATA))
+    roles.lend("critic", "score", there)
+    assert roles.lent("score").sharding == there
+    np.testing.assert_array_equal(roles.lent("score"), np.arange(32).reshape(8, 4))
+    back = roles.home("critic")
+    assert back.sharding == x.sharding
+    np.testing.assert_array_equal(back, np.arange(32).reshape(8, 4))
 
 
 def test_checkpoints_are_spread_over_all_devices():
