@@ -40,8 +40,10 @@ from redco_like.rlhf.prompts import PromptOrder, Row, check_lengths, longest, ro
 from redco_like.rlhf.report import iteration_metrics
 from redco_like.rlhf.rewards import METRICS_ARGUMENTS, REWARD_ARGUMENTS, Written, call_metrics, call_rewards
 from redco_like.rlhf.samples import SamplePage, show_samples
+from redco_like.rlhf.samples import SamplePage, pick, sample_table
 from redco_like.watch import NonFiniteError, StopRequest, announced
 from search.rlhf import ExecutionPlan, Graph, Workload
+from sharding_rules import PlanError
 
 HEADS = ("critic", "reward")
 """Roles whose models have a value head in place of the one that makes logits."""
@@ -81,7 +83,8 @@ class RLTrainer:
         roles: role -> (model, params), for graphs with others.
         plan: where and how every call runs: "auto", "colocated", an `ExecutionPlan`, or the path of one.
         eos: tokens that end a completion, where the sampling parameters do not say.
-        rows: sequences that are generated at a time; default all of an iteration.
+        rows: sequences that are generated at a time; default what the plan says, or all of an iteration.
+        samples_every: iterations between tables of completions in the log and in `samples.html`; 0 for none.
         name: of this trainer; its files are in that folder of the workdir, its draws belong to it.
         keep_checkpoints: number of latest checkpoints kept.
         writers: where metrics go besides the JSONL file.
@@ -110,6 +113,7 @@ class RLTrainer:
         plan: ExecutionPlan | str | pathlib.Path = "auto",
         eos: Sequence[int] = (),
         rows: int | None = None,
+        samples_every: int = 10,
         name: str = "rl",
         keep_checkpoints: int = 2,
         writers: Sequence[str | Writer] = (),
@@ -139,7 +143,7 @@ class RLTrainer:
         given |= {role: pair for role, pair in (("critic", critic), ("reward", reward_model)) if pair is not None}
         self.members = _members(self.graph, model, params, given, deployer.rng(f"{name}/heads"))
         self._optimizers = _optimizers(self.graph, optimizer)
-        self._keep, self._writers = keep_checkpoints, tuple(writers)
+        self._keep, self._writers, self._samples_every = keep_checkpoints, tuple(writers), samples_every
         if samples_every is not None and (isinstance(samples_every, bool) or samples_every < 1):
             raise ValueError(f"samples_every={samples_every!r}; a whole number from 1 up, or None")
         self._samples_every = samples_every
@@ -309,27 +313,39 @@ class RLTrainer:
                     step.sampling = sampling
             self._problem = problem
             return
-        devices = self._deployer.devices
-        with announced(f"{self.name}: planning", self._deployer.logger):
-            execution = resolve_execution(self._plan_wanted, problem, devices)
-        steps = build_steps(problem, execution, devices, seed=self._seed)
-        params = {role: self.members[role].params for role in self.graph.roles}
-        runner = Runner(
-            execution,
-            steps,
-            params,
-            hosts=self._hosts(),
-            devices=devices,
-            seed=self._seed,
-            together=lambda what, f, *args: within_deadline(what, self._deployer.deadline_seconds, f, *args),
-            deadline_seconds=self._deployer.deadline_seconds,
-        )
+        runner = self._runner_of(problem, self._plan_wanted)
         if self._runner is not None:
             runner.set_state(self._runner.state)
-        self._runner, self._problem = runner, problem
+        self._runner, self._problem, execution = runner, problem, runner.execution
         self._deployer.logger.info("%s: %s", self.name, _words(execution))
         if self.folder is not None and self._deployer.is_first:
             execution.save(self.folder / "execution.json")
+
+    def _runner_of(self, problem: Problem, wanted: ExecutionPlan | str | pathlib.Path) -> Runner:
+        devices, log = self._deployer.devices, self._deployer.logger
+        with announced(f"{self.name}: planning", log):
+            execution = resolve_execution(wanted, problem, devices, tell=log.debug, together=self._together)
+        try:
+            steps = build_steps(problem, execution, devices, seed=self._seed)
+        except (PlanError, ValueError) as error:
+            if wanted != "auto":
+                raise
+            why = "; ".join([str(error), *getattr(error, "__notes__", ())])
+            log.warning("%s: the plan that was found cannot be run (%s): all calls on all devices", self.name, why)
+            return self._runner_of(problem, "colocated")
+        return Runner(
+            execution,
+            steps,
+            {role: self.members[role].params for role in self.graph.roles},
+            hosts=self._hosts(),
+            devices=devices,
+            seed=self._seed,
+            together=self._together,
+            deadline_seconds=self._deployer.deadline_seconds,
+        )
+
+    def _together(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        return within_deadline(what, self._deployer.deadline_seconds, function, *args)
 
     def _hosts(self) -> list[HostStep]:
         hosts = []
@@ -404,6 +420,7 @@ class RLTrainer:
 
     def _run(self, run: _Run, log: MetricsLog, progress: Progress, request: StopRequest) -> RLResult:
         runner, metrics, ended = self.runner, dict[str, float](), ""
+        page = None if self.folder is None else SamplePage(self.folder / "samples.html", title=f"{self.name}: samples")
         while self.iteration < run.end and not ended:
             number = self.iteration + 1
             try:
@@ -416,6 +433,7 @@ class RLTrainer:
             self.iteration = number
             metrics = self._metrics(outcome)
             log.write(number, metrics)
+            self._show(number, number == run.end, outcome, page)
             self._show(outcome, number)
             progress.update(number, {k: metrics[k] for k in ("reward", "loss") if k in metrics})
             if skipped := [call for call, values in outcome.metrics.items() if values.get("skipped")]:
@@ -461,6 +479,22 @@ class RLTrainer:
             page=self._page,
             name=self.name,
         )
+
+    def _show(self, number: int, last: bool, outcome: Outcome, page: SamplePage | None) -> None:
+        """A table of completions, from the worst to the best, every so often and at the end."""
+        every = self._samples_every
+        if (
+            not every
+            or not (last or number % every == 0)
+            or "rewards" not in outcome.data
+            or not self._deployer.is_first
+        ):
+            return
+        written, rewards = self._written(outcome.data), np.asarray(outcome.data["rewards"]).tolist()
+        shown = pick(written.prompts, written.completions, rewards, [len(tokens) for tokens in written.tokens])
+        self._deployer.logger.info("%s: completions of iteration %d\n%s", self.name, number, sample_table(shown))
+        if page is not None:
+            page.add(number, shown, reward=float(np.mean(rewards)))
 
     def _rescue(self, run: _Run) -> None:
         """Something failed: keep the iterations that were finished, if none was begun to be trained since."""
