@@ -4,7 +4,6 @@
     print(sample_table(shown))
     page = SamplePage("runs/rl/samples.html")
     page.add(7, shown, reward=0.41)                  # a section for iteration 7; the newest is shown first
-    show_samples(7, prompts, completions, rewards, lengths, logger=logger, page=page)       # both
 
 What models write is text from outside: the page escapes all of it, the table shows control characters as escapes.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import logging
 import os
 import pathlib
 import re
@@ -162,33 +160,6 @@ class SamplePage:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(_head(self._title) + TAIL, "utf-8")
         self._begun = True
-
-
-def show_samples(
-    iteration: int,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    rewards: Sequence[float],
-    lengths: Sequence[int],
-    *,
-    logger: logging.Logger,
-    page: SamplePage | None = None,
-    name: str = "rl",
-) -> None:
-    """Log a table of four completions of an iteration, and put eight on the page.
-
-    Args:
-        iteration: its number.
-        prompts, completions, rewards, lengths: see `pick`.
-        logger: gets the table.
-        page: None for no page.
-        name: of the trainer.
-    """
-    mean = sum(map(float, rewards)) / max(len(rewards), 1)
-    shown = pick(prompts, completions, rewards, lengths, count=4)
-    logger.info("%s: iteration %d, reward %.4g\n%s", name, iteration, mean, sample_table(shown))
-    if page is not None:
-        page.add(iteration, pick(prompts, completions, rewards, lengths, count=8), reward=mean)
 
 
 def _head(title: str) -> str:

@@ -40,7 +40,6 @@ from redco_like.rlhf.prompts import PromptOrder, Row, check_lengths, longest, ro
 from redco_like.rlhf.report import iteration_metrics
 from redco_like.rlhf.rewards import METRICS_ARGUMENTS, REWARD_ARGUMENTS, Written, call_metrics, call_rewards
 from redco_like.rlhf.samples import SamplePage, show_samples
-from redco_like.rlhf.samples import SamplePage, pick, sample_table
 from redco_like.watch import NonFiniteError, StopRequest, announced
 from search.rlhf import ExecutionPlan, Graph, Workload
 from sharding_rules import PlanError
@@ -84,12 +83,11 @@ class RLTrainer:
         plan: where and how every call runs: "auto", "colocated", an `ExecutionPlan`, or the path of one.
         eos: tokens that end a completion, where the sampling parameters do not say.
         rows: sequences that are generated at a time; default what the plan says, or all of an iteration.
-        samples_every: iterations between tables of completions in the log and in `samples.html`; 0 for none.
+        samples_every: iterations between tables of completions, in the log and in samples.html in the trainer's folder;
+            None for none.
         name: of this trainer; its files are in that folder of the workdir, its draws belong to it.
         keep_checkpoints: number of latest checkpoints kept.
         writers: where metrics go besides the JSONL file.
-        samples_every: iterations between tables of completions, in the log and in samples.html in the trainer's folder;
-            None for none.
 
     Raises:
         ValueError: functions that cannot be called, roles without a model, settings that contradict each other.
@@ -113,11 +111,10 @@ class RLTrainer:
         plan: ExecutionPlan | str | pathlib.Path = "auto",
         eos: Sequence[int] = (),
         rows: int | None = None,
-        samples_every: int = 10,
+        samples_every: int | None = 10,
         name: str = "rl",
         keep_checkpoints: int = 2,
         writers: Sequence[str | Writer] = (),
-        samples_every: int | None = 10,
     ):
         for role, function in (("collate_fn", collate_fn), ("decode_fn", decode_fn)):
             if function is not None and not callable(function):
@@ -143,7 +140,7 @@ class RLTrainer:
         given |= {role: pair for role, pair in (("critic", critic), ("reward", reward_model)) if pair is not None}
         self.members = _members(self.graph, model, params, given, deployer.rng(f"{name}/heads"))
         self._optimizers = _optimizers(self.graph, optimizer)
-        self._keep, self._writers, self._samples_every = keep_checkpoints, tuple(writers), samples_every
+        self._keep, self._writers = keep_checkpoints, tuple(writers)
         if samples_every is not None and (isinstance(samples_every, bool) or samples_every < 1):
             raise ValueError(f"samples_every={samples_every!r}; a whole number from 1 up, or None")
         self._samples_every = samples_every
@@ -420,7 +417,6 @@ class RLTrainer:
 
     def _run(self, run: _Run, log: MetricsLog, progress: Progress, request: StopRequest) -> RLResult:
         runner, metrics, ended = self.runner, dict[str, float](), ""
-        page = None if self.folder is None else SamplePage(self.folder / "samples.html", title=f"{self.name}: samples")
         while self.iteration < run.end and not ended:
             number = self.iteration + 1
             try:
@@ -433,7 +429,6 @@ class RLTrainer:
             self.iteration = number
             metrics = self._metrics(outcome)
             log.write(number, metrics)
-            self._show(number, number == run.end, outcome, page)
             self._show(outcome, number)
             progress.update(number, {k: metrics[k] for k in ("reward", "loss") if k in metrics})
             if skipped := [call for call, values in outcome.metrics.items() if values.get("skipped")]:
@@ -468,33 +463,16 @@ class RLTrainer:
         if self._page is None and self.folder is not None:
             self._page = SamplePage(self.folder / "samples.html", title=f"Completions of {self.name}")
         written, rewards = self._written(outcome.data), np.asarray(outcome.data["rewards"]).tolist()
-        lengths = [len(row) for row in written.tokens]
         show_samples(
             number,
             written.prompts,
             written.completions,
             rewards,
-            lengths,
+            [len(row) for row in written.tokens],
             logger=self._deployer.logger,
             page=self._page,
             name=self.name,
         )
-
-    def _show(self, number: int, last: bool, outcome: Outcome, page: SamplePage | None) -> None:
-        """A table of completions, from the worst to the best, every so often and at the end."""
-        every = self._samples_every
-        if (
-            not every
-            or not (last or number % every == 0)
-            or "rewards" not in outcome.data
-            or not self._deployer.is_first
-        ):
-            return
-        written, rewards = self._written(outcome.data), np.asarray(outcome.data["rewards"]).tolist()
-        shown = pick(written.prompts, written.completions, rewards, [len(tokens) for tokens in written.tokens])
-        self._deployer.logger.info("%s: completions of iteration %d\n%s", self.name, number, sample_table(shown))
-        if page is not None:
-            page.add(number, shown, reward=float(np.mean(rewards)))
 
     def _rescue(self, run: _Run) -> None:
         """Something failed: keep the iterations that were finished, if none was begun to be trained since."""
