@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,15 +20,26 @@ from pipelines.functions import batch_rows
 from pipelines.generation.programs import decode_problem
 from pipelines.infer import trace_pred
 from pipelines.problem import cast_floats, init_like, train_problem
+from pipelines.rlhf.exchange import Together, share
+from pipelines.rlhf.schedule import no_wait
 from redco_like.engine_layout import functions_of
 from redco_like.rlhf.building import Problem
+from redco_like.rlhf_problem import call_costs
 from search import Plan
-from search.rlhf import Call, CallPlan, ExecutionPlan, Window
+from search.rlhf import Call, CallPlan, ExecutionPlan, Window, solve
 from sharding_rules import CONTEXT, MeshShape, PlanError
+
+SEARCH_SECONDS = 20.0
+"""Of searching, after the costs of the calls are known."""
 
 
 def resolve_execution(
-    plan: ExecutionPlan | str | pathlib.Path, problem: Problem, devices: Sequence[Any]
+    plan: ExecutionPlan | str | pathlib.Path,
+    problem: Problem,
+    devices: Sequence[Any],
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+    together: Together = no_wait,
 ) -> ExecutionPlan:
     """Turn `"auto"`, `"colocated"`, an `ExecutionPlan` or the path of one into an `ExecutionPlan` for these devices.
 
@@ -37,6 +48,8 @@ def resolve_execution(
         PlanError: a plan for more devices than there are, or none that fits.
     """
     if isinstance(plan, str) and plan in ("auto", "colocated"):
+        if plan == "auto" and len(devices) > 1:
+            return _agreed(problem, devices, tell, together)
         return colocated(problem, devices)
     execution = plan if isinstance(plan, ExecutionPlan) else ExecutionPlan.load(plan)
     if execution.devices > len(devices):
@@ -53,6 +66,39 @@ def resolve_execution(
             f"calls of the plan alone: {more}; of the algorithm alone: {less}"
         )
     return execution
+
+
+def searched(
+    problem: Problem, devices: Sequence[Any], *, tell: Callable[[str], None] = lambda text: None
+) -> ExecutionPlan:
+    """The plan with the shortest period that the search finds for these devices, or `colocated`, with the reason.
+
+    Models are costed as `redco_like.rlhf_problem` does, the optimizer as AdamW.
+    """
+    models = {role: problem.members[role].model for role in problem.graph.roles}
+    dtypes = {model.dtype for model in models.values()}
+    cluster = cluster_here(devices)
+    costs = call_costs(
+        {role: model.config for role, model in models.items()},
+        problem.graph,
+        problem.workload,
+        cluster,
+        dtype=sorted(dtypes)[0],
+        tell=tell,
+    )
+    names = {role: model.config.family for role, model in models.items()}
+    found = solve(problem.graph, problem.workload, cluster, costs, models=names, time_limit=SEARCH_SECONDS, tell=tell)
+    if found.execution is None:
+        tell(f"no execution plan fits by the search's estimates ({found.advice}); all calls on all devices instead")
+        return colocated(problem, devices)
+    return found.execution
+
+
+def _agreed(problem: Problem, devices: Sequence[Any], tell: Callable[[str], None], together: Together) -> ExecutionPlan:
+    """What the first process has found: a search with a limit of time may end elsewhere on another."""
+    found = searched(problem, devices, tell=tell)
+    plans = share(found.to_json(), what="the execution plan of process 0", together=together)
+    return found if len(plans) == 1 else ExecutionPlan.from_json(plans[0])
 
 
 def colocated(problem: Problem, devices: Sequence[Any]) -> ExecutionPlan:

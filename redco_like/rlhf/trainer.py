@@ -39,7 +39,7 @@ from redco_like.rlhf.planning import resolve_execution
 from redco_like.rlhf.prompts import PromptOrder, Row, check_lengths, longest, rows_of
 from redco_like.rlhf.report import iteration_metrics
 from redco_like.rlhf.rewards import METRICS_ARGUMENTS, REWARD_ARGUMENTS, Written, call_metrics, call_rewards
-from redco_like.rlhf.samples import SamplePage, show_samples
+from redco_like.rlhf.samples import SamplePage, pick, sample_table
 from redco_like.watch import NonFiniteError, StopRequest, announced
 from search.rlhf import ExecutionPlan, Graph, Workload
 from sharding_rules import PlanError
@@ -463,16 +463,11 @@ class RLTrainer:
         if self._page is None and self.folder is not None:
             self._page = SamplePage(self.folder / "samples.html", title=f"Completions of {self.name}")
         written, rewards = self._written(outcome.data), np.asarray(outcome.data["rewards"]).tolist()
-        show_samples(
-            number,
-            written.prompts,
-            written.completions,
-            rewards,
-            [len(row) for row in written.tokens],
-            logger=self._deployer.logger,
-            page=self._page,
-            name=self.name,
-        )
+        given = written.prompts, written.completions, rewards, [len(row) for row in written.tokens]
+        mean, table = float(np.mean(rewards)), sample_table(pick(*given, count=4))
+        self._deployer.logger.info("%s: iteration %d, reward %.4g\n%s", self.name, number, mean, table)
+        if self._page is not None:
+            self._page.add(number, pick(*given, count=8), reward=mean)
 
     def _rescue(self, run: _Run) -> None:
         """Something failed: keep the iterations that were finished, if none was begun to be trained since."""
