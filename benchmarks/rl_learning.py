@@ -28,8 +28,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import jax  # noqa: E402
-import optax  # noqa: E402
 import sorting  # noqa: E402
+from sorting import adam  # noqa: E402
 
 import redco_like as rl  # noqa: E402
 from redco_like import rlhf  # noqa: E402
@@ -40,7 +40,7 @@ SEEDS = (0, 1, 2)
 ITERATIONS = 100
 QUESTIONS = 400
 """That the reward is measured on, before and after."""
-ROUNDS, ASKED, PAIRS = 4, 1000, 32
+ROUNDS, ASKED, PAIRS = 6, 1000, 32
 """Of DPO: rounds, questions that 8 samples are drawn for in each, and pairs in a step."""
 COLORS = {"PPO": "#4477aa", "GRPO": "#ee6677", "RLOO": "#228833", "DPO": "#aa3377"}
 """Paul Tol's bright colours: told apart with colour-blind eyes."""
@@ -51,12 +51,6 @@ ALGORITHMS: dict[str, tuple[Any, int]] = {
     "RLOO": (rlhf.RLOO(kl=0.005, samples=4), 64),
 }
 """Settings, and prompts per iteration: 256 completions each."""
-
-
-def adam(rate: float, warm: int) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(rate / 10, rate, warm), b2=0.95)
-    )
 
 
 def online(name: str, deployer: rl.Deployer, model: Any, params: Any, iterations: int) -> tuple[Any, list[float]]:
@@ -78,7 +72,7 @@ def online(name: str, deployer: rl.Deployer, model: Any, params: Any, iterations
         reward_fn=sorting.reward_fn,
         metrics_fn=metrics_fn,
         decode_fn=sorting.decode,
-        optimizer={"actor": adam(5e-4, warm), "critic": adam(1e-3, warm)} if name == "PPO" else adam(5e-4, warm),
+        optimizer={"actor": adam(5e-4, warm=warm), "critic": adam(1e-3, warm=warm)},
         eos=sorting.EOS,
         plan="colocated",
         name=name,
@@ -103,9 +97,9 @@ def preferences(deployer: rl.Deployer, model: Any, params: Any, rounds: int) -> 
             deployer,
             model,
             params,
-            algorithm=rlhf.DPO(beta=0.1),
+            algorithm=rlhf.DPO(beta=1.0),
             collate_fn=sorting.collate_pairs,
-            optimizer=adam(3e-4, 10),
+            optimizer=adam(3e-4),
             plan="colocated",
             name=f"DPO/{number}",
         )

@@ -57,6 +57,12 @@ def demonstrations(seed, count):
     return pairs
 
 
+def adam(rate, *, warm=10):
+    """Adam as reinforcement learning likes it: small first steps, clipped gradients, a short memory of squares."""
+    schedule = optax.linear_schedule(rate / 10, rate, warm)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
+
+
 def fine_tuned(deployer, *, steps=400):
     """The model, and its parameters after supervised fine-tuning."""
     sizes = {"embed": 64, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 16, "mlp": 192}
