@@ -6,6 +6,7 @@ arrays = move_pieces(schedule, HostStore(schedule, old), budget_bytes=2**28, ver
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -21,9 +22,11 @@ from pipelines.reshard_wire import Wire
 
 BUDGET_BYTES = 256 * 2**20
 DEADLINE_SECONDS = 300.0
-THREADS = min(4, os.cpu_count() or 1)
+THREADS = max(1, min(8, (os.cpu_count() or 1) // 4))
+"""One core copies 5 to 15 GB/s, a third of what a few cores get from memory. Measured on 2 cores: a second thread makes
+it slower, by contention for pages and for the interpreter; with one, the caller's thread copies."""
 BLOCK_BYTES = 8 * 2**20
-"""What one thread copies at a time."""
+"""What one of several threads copies at a time."""
 ALONE_BYTES = 2**20
 """Leaves up to here are not worth a thread's start."""
 Copy = tuple[int, Any, tuple[Any, ...], Box]
@@ -51,6 +54,7 @@ def move_pieces(
         ReshardError: another process is gone, stands still or moves something else; or a checksum differs.
     """
     host = isinstance(store, HostStore)
+    parallel = host and THREADS > 1
     by_leaf: list[list[int]] = [[] for _ in schedule.moves]
     for number, piece in enumerate(schedule.pieces):
         by_leaf[piece.leaf].append(number)
@@ -64,13 +68,12 @@ def move_pieces(
     ):
         for leaf, move in enumerate(schedule.moves):
             # The threads have half of the budget ahead of them; a donated leaf waits for no more than that.
-            while len(begun) < len(by_leaf) and (len(begun) <= leaf or (host and ahead < budget_bytes / 2)):
-                limit = BLOCK_BYTES if host else budget_bytes / 8
+            while len(begun) < len(by_leaf) and (len(begun) <= leaf or (parallel and ahead < budget_bytes / 2)):
+                limit = budget_bytes / 8 if not host else BLOCK_BYTES if THREADS > 1 else math.inf
                 copies = _copies(schedule, store, by_leaf[len(begun)], limit)
                 ahead += schedule.moves[len(begun)].nbytes
-                begun.append(
-                    _begin(store, copies, pool if host and schedule.moves[len(begun)].nbytes > ALONE_BYTES else None)
-                )
+                alone = not parallel or schedule.moves[len(begun)].nbytes <= ALONE_BYTES
+                begun.append(_begin(store, copies, None if alone else pool))
             ahead -= move.nbytes
             for future in begun[leaf]:
                 future.result()

@@ -15,6 +15,7 @@ to write.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -62,10 +63,27 @@ class Store(Protocol):
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Values:
     """An uninitialised numpy array that a CPU device takes without a copy."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     offset = -memory.ctypes.data % ALIGNMENT
     return memory[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+def copy_values(new: Values, old: Values) -> None:
+    """Copy elements of one dtype; in words of eight bytes where both are made of them, which is the fastest."""
+    if _in_words(new) and _in_words(old):
+        new, old = new.view(np.uint64), old.view(np.uint64)
+    np.copyto(new, old)
+
+
+def _in_words(values: Values) -> bool:
+    return (
+        values.ndim > 0
+        and values.strides[-1] == values.itemsize
+        and values.itemsize <= 8
+        and all(step % 8 == 0 for step in (*values.strides[:-1], values.shape[-1] * values.itemsize))
+        and values.ctypes.data % 8 == 0
+    )
 
 
 def shape_of(box: Box) -> tuple[int, ...]:
@@ -155,7 +173,7 @@ class HostStore(_Shards):
 
     def write(self, leaf: int, targets: Sequence[Any], box: Box, values: Values) -> None:
         for target in targets:
-            np.copyto(self._new_part(leaf, target, box), values)
+            copy_values(self._new_part(leaf, target, box), values)
 
     def hole(self, leaf: int, target: Any, box: Box) -> Values | None:
         part = self._new_part(leaf, target, box)
@@ -178,7 +196,7 @@ class HostStore(_Shards):
             return self._buffer(leaf, device)
         # Values that came as numpy arrays belong to their giver.
         kept = aligned_empty(shape_of(self.boxes(leaf, "target")[device]), self.schedule.moves[leaf].dtype)
-        np.copyto(kept, self._view(leaf, device))
+        copy_values(kept, self._view(leaf, device))
         return kept
 
     def flush(self) -> None:
