@@ -93,9 +93,9 @@ def sample_table(samples: Sequence[Sample], *, width: int | None = None) -> str:
 
     Args:
         samples: what to show.
-        width: characters; default the terminal's.
+        width: characters, at least 44; default the terminal's.
     """
-    width = max(shutil.get_terminal_size((100, 24)).columns if width is None else width, 40)
+    width = max(shutil.get_terminal_size((100, 24)).columns if width is None else width, 44)
     fixed = {"reward": max([6, *(len(_reward(s)) for s in samples)]), "tokens": 6}
     rest = width - sum(fixed.values()) - 2 * (len(COLUMNS) - 1)
     longest = [max([10, *(Text(_plain(text)).cell_len for text in texts)]) for texts in _columns(samples)]
