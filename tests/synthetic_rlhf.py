@@ -23,13 +23,14 @@ class SyntheticCosts:
 
     Attributes:
         sizes: role -> parameters.
-        strategies: at most so many options per call and size; those that are fastest.
+        strategies: at most so many options per call, the fastest; or devices -> so many.
+        slower: all seconds of calls are multiplied by it.
     """
 
     sizes: dict[str, float]
     workload: Workload
     per_node: int
-    strategies: int = 99
+    strategies: int | dict[int, int] = 99
     slower: float = 1.0
 
     def __post_init__(self):
@@ -45,7 +46,8 @@ class SyntheticCosts:
                     if not rest and self.workload.sequences % data == 0:
                         found.append(self.option(call, data, tensor, stage))
             found.sort(key=lambda option: option.seconds)
-            self._known[key] = tuple(found[: self.strategies])
+            most = self.strategies if isinstance(self.strategies, int) else self.strategies.get(devices, 0)
+            self._known[key] = tuple(found[:most])
         return self._known[key]
 
     def option(self, call: Call, data: int, tensor: int, stage: int) -> Option:
