@@ -7,7 +7,12 @@
 Between calls data are on the host, as numpy arrays that every process has: they are counted in tokens, and small beside
 parameters. Parameters go from device to device: from a role's home to the calls that hold them otherwise, and into the
 host's memory where the plan says so. A call begins when the data and the parameters that it waits for are there and no
-earlier call of the plan's order is left on its devices; calls on disjoint windows overlap.
+earlier call of the plan's order is left on its devices; calls on disjoint windows overlap, and so do iterations, where
+the next one is begun before one is finished:
+
+    runner.begin(inputs, 1)
+    runner.begin(more, 2)                                      # its calls begin as soon as their devices are free
+    outcome = runner.finish()                                  # of iteration 1
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import jax
 
 from pipelines.rlhf.exchange import Together, share
 from pipelines.rlhf.roles import Roles, absent, params_of, storage
-from pipelines.rlhf.schedule import Task, no_wait, run_tasks
+from pipelines.rlhf.schedule import Stream, Task, no_wait
 from pipelines.rlhf.steps import Done, Step, TrainStep, keyed, moving, place, plain, with_moving
 from search.rlhf import Call, CallPlan, ExecutionPlan
 from sharding_rules import PlanError
@@ -102,6 +107,7 @@ class Runner:
 
     Attributes:
         changed: whether a role was trained in an iteration that did not end.
+        failed_together: whether all processes know of the last failure.
 
     Raises:
         PlanError: more devices than there are; a step on other devices than its window's.
@@ -124,6 +130,8 @@ class Runner:
         self._devices = list(jax.devices() if devices is None else devices)
         self._together, self.changed = together, False
         self._several = jax.process_count() > 1
+        self._stream, self._pending, self._past = Stream(waves=self._several), list[_Iteration](), list[str]()
+        self.failed_together = False
         self._check(params)
         self.roles = Roles(self._homes(params, seed), offloaded=execution.offloaded, deadline_seconds=deadline_seconds)
 
@@ -169,29 +177,72 @@ class Runner:
         return params_of(self.roles.home(role))
 
     def iteration(self, inputs: Mapping[str, Any], number: int) -> Outcome:
-        """Run every call once.
+        """Run every call once: `begin` and `finish`.
 
         Args:
             inputs: the data that come from outside.
             number: of the iteration: what is drawn depends on it.
 
         Raises:
+            ValueError: others were begun and not finished.
             CallError: a call failed on another process. What fails on this one raises its own exception, with a note.
         """
-        data, metrics = dict(inputs), dict[str, dict[str, float]]()
-        tasks, kinds = self._tasks(data, metrics, number)
-        self.changed = False
+        if self._pending:
+            raise ValueError(f"iteration {self._pending[0].number} was begun and not finished")
+        self.begin(inputs, number)
+        return self.finish()
+
+    def begin(self, inputs: Mapping[str, Any], number: int) -> None:
+        """Put an iteration behind those that were begun; the next call of `finish` may run some of it already.
+
+        Its calls wait for the roles' newest parameters, and those that train for all of the iteration before, so that
+        the state is that of the oldest finished iteration until the next one is finished.
+        """
+        last = self._pending[-1] if self._pending else None
+        now = _Iteration(number, dict(inputs))
+        self._list(now)
+        self._stream.add([self._behind(now, task, last) for task in now.tasks])
+        self._pending.append(now)
+
+    def finish(self) -> Outcome:
+        """Run until the oldest iteration that was begun is done.
+
+        Raises:
+            ValueError: none was begun.
+            CallError, or what a call raises: as `iteration`; all that was begun is then given up.
+        """
+        if not self._pending:
+            raise ValueError("no iteration was begun")
+        now = self._pending[0]
         try:
-            spans = run_tasks(tasks, waves=self._several)
-        finally:
-            for call in self.execution.calls:  # of an iteration that failed
-                self.roles.give_up(call.call)
+            spans = self._stream.run(*(now.full(task.name) for task in now.tasks))
+        except BaseException:
+            self.cancel()
+            raise
         self.changed = False
+        self._pending.pop(0)
+        self._stream.forget(*self._past)
+        self._past = [now.full(task.name) for task in now.tasks]
+        began = min(span.start for span in spans)
         ran = tuple(
-            Ran(span.name, kinds[span.name], tuple(sorted(task.devices)), span.start, span.end)
-            for task, span in zip(tasks, spans, strict=True)
+            Ran(task.name, now.kinds[task.name], tuple(sorted(task.devices)), span.start - began, span.end - began)
+            for task, span in zip(now.tasks, spans, strict=True)
         )
-        return Outcome(data, metrics, ran)
+        return Outcome(now.data, now.metrics, ran)
+
+    def cancel(self) -> None:
+        """Give up what was begun and not finished, once the calls that run have ended."""
+        self._stream.cancel()
+        for iteration in self._pending:
+            self._stream.forget(*(iteration.full(task.name) for task in iteration.tasks))
+        self._pending.clear()
+        for call in self.execution.calls:
+            self.roles.give_up(call.call)
+
+    def close(self) -> None:
+        """Give up what was begun, and the threads."""
+        self.cancel()
+        self._stream.close()
 
     # How it is done.
 
@@ -251,48 +302,47 @@ class Runner:
         mine = jax.process_index()
         return any(device.process_index == mine for device in self.steps[call].mesh.devices.flat)
 
-    def _tasks(
-        self, data: dict[str, Any], metrics: dict[str, dict[str, float]], number: int
-    ) -> tuple[list[Task], dict[str, Kind]]:
+    def _list(self, now: _Iteration) -> None:
         """What an iteration does, in order: the plan's calls, each after what moves for it, and the host's steps."""
-        tasks: list[Task] = []
-        kinds: dict[str, Kind] = {}
-        writers = {name: call.name for call in self.execution.graph.calls for name in call.writes}
+        graph, data = self.execution.graph, now.data
+        writers = {name: call.name for call in graph.calls for name in call.writes}
         writers |= {name: host.name for host in self.hosts for name in host.writes}
         hosts = list(self.hosts)
 
-        def add(kind: Kind, task: Task) -> None:
-            kinds[task.name] = kind
-            tasks.append(task)
-
         def add_hosts() -> None:
             """Those whose data are all written by what is in the list."""
-            listed = {task.name for task in tasks}
             for host in list(hosts):
                 needed = self._needed(host.reads, writers, data, host.name)
-                if set(needed) <= listed:
-                    add("host", self._host_task(host, needed, data, number))
-                    listed.add(host.name)
+                if all(name in now.kinds for name in needed):
+                    now.add("host", self._host_task(host, needed, now))
                     hosts.remove(host)
 
         for plan in self.execution.calls:
             add_hosts()
-            call, step = self.execution.graph.call(plan.call), self.steps[plan.call]
-            needed = (
-                *self.execution.graph.before(call.name),
-                *self._needed(step.reads, writers, data, call.name),
-            )
+            call, step = graph.call(plan.call), self.steps[plan.call]
+            needed = (*graph.before(call.name), *self._needed(step.reads, writers, data, call.name))
             before, after = self._moves(call, plan, step)
             for kind, task in before:
-                add(kind, task)
+                now.add(kind, task, call.role)
             needed = tuple(dict.fromkeys((*needed, *(task.name for _, task in before))))
-            add(call.kind, self._call_task(call, plan, step, needed, data, metrics, number))
+            now.add(call.kind, self._call_task(call, plan, step, needed, now), call.role)
             for kind, task in after:
-                add(kind, task)
+                now.add(kind, task, call.role)
         add_hosts()
         if hosts:
             raise ValueError(f"host step {hosts[0].name!r} waits for what comes after it, or for itself")
-        return tasks, kinds
+
+    def _behind(self, now: _Iteration, task: Task, last: _Iteration | None) -> Task:
+        """A task as the stream knows it: with the name of its iteration, after what it waits for of the one before."""
+        after = [now.full(name) for name in task.after]
+        if last is not None:
+            kind, role = now.kinds[task.name], now.roles[task.name]
+            for other in last.tasks:
+                same_host = kind == "host" and other.name == task.name
+                newest = role and last.roles[other.name] == role and last.kinds[other.name] in ("train", "offload")
+                if kind == "train" or same_host or newest:
+                    after.append(last.full(other.name))
+        return dataclasses.replace(task, name=now.full(task.name), after=tuple(after))
 
     def _needed(self, reads: Sequence[str], writers: Mapping[str, str], data: Mapping[str, Any], who: str) -> list[str]:
         for name in reads:
@@ -339,12 +389,10 @@ class Runner:
         plan: CallPlan,
         step: Step,
         needed: tuple[str, ...],
-        data: dict[str, Any],
-        metrics: dict[str, dict[str, float]],
-        number: int,
+        now: _Iteration,
     ) -> Task:
         mine: list[Done] = []
-        roles = self.roles
+        roles, data, number = self.roles, now.data, now.number
 
         def run() -> None:
             if call.kind == "train":
@@ -370,12 +418,13 @@ class Runner:
             if parts:
                 done = step.joined(parts)
                 data.update(done.outputs)
-                metrics[call.name] = done.metrics
+                now.metrics[call.name] = done.metrics
 
         return Task(call.name, _numbers(plan), self._if_here(call, run), needed, take)
 
-    def _host_task(self, host: HostStep, needed: Sequence[str], data: dict[str, Any], number: int) -> Task:
+    def _host_task(self, host: HostStep, needed: Sequence[str], now: _Iteration) -> Task:
         mine: list[Done] = []
+        data, number = now.data, now.number
         alone = host.where == "all" or jax.process_index() == 0
 
         def run() -> None:
@@ -403,10 +452,31 @@ class Runner:
         elif mine is not None:
             record = {"outputs": mine.outputs, "metrics": mine.metrics}
         records = share(record, what=f"the results of {name!r}", together=self._together)
+        self.failed_together = any(r is not None and "error" in r for r in records)
         failed = [(i, r["error"]) for i, r in enumerate(records) if r is not None and "error" in r]
         if failed and error is None:
             raise CallError(f"{name!r} failed on process {failed[0][0]}: {failed[0][1]}")
         return [Done(r["outputs"], r["metrics"]) for r in records if r is not None and "outputs" in r]
+
+
+@dataclasses.dataclass
+class _Iteration:
+    """An iteration that was begun: its data, as they come to be, and its tasks under their own names."""
+
+    number: int
+    data: dict[str, Any]
+    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    tasks: list[Task] = dataclasses.field(default_factory=list)
+    kinds: dict[str, Kind] = dataclasses.field(default_factory=dict)
+    roles: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, kind: Kind, task: Task, role: str = "") -> None:
+        self.tasks.append(task)
+        self.kinds[task.name], self.roles[task.name] = kind, role
+
+    def full(self, name: str) -> str:
+        """A task's name among those of other iterations."""
+        return f"{name} of iteration {self.number}"
 
 
 def _places(tree: Any) -> list[Any]:

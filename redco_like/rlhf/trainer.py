@@ -148,6 +148,7 @@ class RLTrainer:
         self._seed = zlib.crc32(f"{deployer.seed}/{name}".encode()) % 2**31
         self.iteration = 0
         self._algorithm_state: dict[str, float] = dict(algorithm.start())
+        self._next_state = dict(self._algorithm_state)
         self._runner: Runner | None = None
         self._problem: Problem | None = None
         self._store: CheckpointStore | None = None
@@ -205,7 +206,8 @@ class RLTrainer:
         The first call of a process goes on from the latest checkpoint in the workdir, if there is one, to the end that
         the interrupted call had, and equals a run that was never interrupted. Later calls go on from where the trainer
         is. SIGTERM, or a file called STOP in `folder`, saves a checkpoint after the iteration and ends the call. Where
-        something fails before an iteration trains, such as `reward_fn`, the iterations before it are saved.
+        something fails before an iteration trains, such as `reward_fn`, the iterations before it are saved. Where calls
+        run on disjoint windows an iteration may begin while the one before is still trained on, with the same result.
 
         Args:
             prompts: a sequence of any objects; or examples, or pairs. In an order of its own in each pass over them.
@@ -313,6 +315,7 @@ class RLTrainer:
         runner = self._runner_of(problem, self._plan_wanted)
         if self._runner is not None:
             runner.set_state(self._runner.state)
+            self._runner.close()
         self._runner, self._problem, execution = runner, problem, runner.execution
         self._deployer.logger.info("%s: %s", self.name, _words(execution))
         if self.folder is not None and self._deployer.is_first:
@@ -381,7 +384,8 @@ class RLTrainer:
         record = data["record"]
         for name in (*self._scored, *(["rewards"] if self._reward_fn is not None else [])):
             record = record.scored(name, data[name])
-        made = self.algorithm.experience(record, self._algorithm_state)
+        made = self.algorithm.experience(record, self._next_state)
+        self._next_state = dict(made.state)  # the next iteration may come here before this one is finished
         return {EXPERIENCE: made.batch, "made": made}
 
     def _written(self, data: Mapping[str, Any]) -> Written:
@@ -417,11 +421,15 @@ class RLTrainer:
 
     def _run(self, run: _Run, log: MetricsLog, progress: Progress, request: StopRequest) -> RLResult:
         runner, metrics, ended = self.runner, dict[str, float](), ""
+        begun = self.iteration
+        self._next_state = dict(self._algorithm_state)
         while self.iteration < run.end and not ended:
             number = self.iteration + 1
             try:
-                inputs = self._inputs(run, number)
-                outcome = runner.iteration(inputs, number)
+                if begun < number:
+                    runner.begin(self._inputs(run, number), number)
+                begun = number + self._look_ahead(run, number)
+                outcome = runner.finish()
             except BaseException:
                 self._rescue(run)
                 raise
@@ -432,19 +440,34 @@ class RLTrainer:
             self._show(outcome, number)
             progress.update(number, {k: metrics[k] for k in ("reward", "loss") if k in metrics})
             if skipped := [call for call, values in outcome.metrics.items() if values.get("skipped")]:
+                runner.cancel()
                 raise NonFiniteError(
                     f"iteration {number}: a loss or gradient of {', '.join(skipped)} was not finite; "
                     f"{outcome.metrics[skipped[0]]['skipped']:g} steps were not applied"
                 )
             ended = self._wish(request)
-            last = number == run.end or bool(ended)
-            every = run.checkpoint_every
-            if run.store is not None and (last or (every is not None and (number - run.start) % every == 0)):
+            if ended:
+                runner.cancel()
+            if run.store is not None and (ended or run.saves(number)):
                 self._save(run.store, run)
         self.wait()
         if ended:
             self._deployer.logger.warning("%s: stopped after iteration %d: %s", self.name, self.iteration, ended)
         return RLResult(self.iteration, metrics, ended or "finished")
+
+    def _look_ahead(self, run: _Run, number: int) -> bool:
+        """Begin the next iteration already, where its calls could overlap with this one's; not if this one is saved."""
+        windows = [plan.window for plan in self.execution.calls]
+        apart = any(not a.overlaps(b) for a in windows for b in windows)
+        if not apart or number == run.end or run.saves(number):
+            return False
+        try:
+            inputs = self._inputs(run, number + 1)
+        except Exception as error:  # noqa: BLE001 (raised again in its turn, when this iteration is done)
+            self._deployer.logger.debug("%s: iteration %d does not begin early: %s", self.name, number + 1, error)
+            return False
+        self.runner.begin(inputs, number + 1)
+        return True
 
     def _metrics(self, outcome: Outcome) -> dict[str, float]:
         made = outcome.data["made"]
@@ -471,7 +494,8 @@ class RLTrainer:
 
     def _rescue(self, run: _Run) -> None:
         """Something failed: keep the iterations that were finished, if none was begun to be trained since."""
-        if run.store is None or self.iteration in (0, self._saved) or self.runner.changed or jax.process_count() > 1:
+        alone = jax.process_count() > 1 and not self.runner.failed_together
+        if run.store is None or self.iteration in (0, self._saved) or self.runner.changed or alone:
             return
         self._save(run.store, run)
         self.wait()
@@ -520,6 +544,13 @@ class _Run:
     end: int
     checkpoint_every: int | None
     store: CheckpointStore | None
+
+    def saves(self, number: int) -> bool:
+        """Whether a checkpoint is due after an iteration."""
+        if self.store is None:
+            return False
+        every = self.checkpoint_every
+        return number == self.end or (every is not None and (number - self.start) % every == 0)
 
 
 def _members(

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from pipelines.rlhf import HostStep, Runner, ScoreStep, TrainStep, window_mesh
 from pipelines.rlhf.exchange import pack, unpack
 from pipelines.rlhf.roles import Roles, storage
-from pipelines.rlhf.schedule import Task, run_tasks
+from pipelines.rlhf.schedule import Stream, Task
 from search import Plan
 from search.rlhf import Call, CallPlan, ExecutionPlan, Graph, Window, Workload
 from sharding_rules import DATA, FSDP, MeshShape, PlanError, make_mesh
@@ -25,6 +25,12 @@ from sharding_rules import DATA, FSDP, MeshShape, PlanError, make_mesh
 
 def nothing():
     pass
+
+
+def run_tasks(tasks, *, waves=False):
+    with Stream(waves=waves) as stream:
+        stream.add(tasks)
+        return stream.run(*(task.name for task in tasks))
 
 
 def test_tasks_on_disjoint_devices_overlap():
@@ -95,6 +101,36 @@ def test_a_task_that_fails_is_named_and_no_other_begins():
     assert not began
     with pytest.raises(ValueError, match="task 'a' waits for 'b', which is not before it"):
         run_tasks([Task("a", frozenset(), nothing, ("b",)), Task("b", frozenset(), nothing)])
+
+
+def test_a_failure_leaves_what_was_added_before_it():
+    """An iteration is finished though the next one, which was begun, has failed."""
+    gate, began = threading.Event(), []
+
+    def fail():
+        gate.set()
+        raise KeyError("gone")
+
+    with Stream() as stream:
+        stream.add(
+            [Task("train 1", frozenset({1}), lambda: gate.wait(20)), Task("log 1", frozenset(), nothing, ("train 1",))]
+        )
+        stream.add(
+            [
+                Task("generate 2", frozenset({0}), fail),
+                Task("train 2", frozenset({1}), lambda: began.append(1), ("generate 2",)),
+            ]
+        )
+        assert [span.name for span in stream.run("train 1", "log 1")] == ["train 1", "log 1"]
+        with pytest.raises(KeyError, match="gone"):
+            stream.run("train 2")
+        assert not began
+        stream.cancel()
+        stream.add([Task("train 3", frozenset({1}), lambda: began.append(3))])
+        stream.run("train 3")
+        assert began == [3]
+        with pytest.raises(ValueError, match="no such tasks"):
+            stream.run("train 4")
 
 
 values = st.recursive(
@@ -259,6 +295,15 @@ def test_a_graph_on_windows_equals_one_device_with_roles_at_home_or_on_the_host(
             else ["learner: learn -> guess"]
         )
     assert [ran.what for ran in there[0].ran] == ["guess", "teach", "prepare", "learn"]  # nothing moved
+    # Iterations that overlap are the same.
+    ahead = toy(APART)
+    ahead.begin({"batch": BATCH}, 1)
+    ahead.begin({"batch": BATCH}, 2)
+    for a in there:
+        np.testing.assert_allclose(ahead.finish().data["guesses"], a.data["guesses"], atol=1e-6)
+    with pytest.raises(ValueError, match="no iteration was begun"):
+        ahead.finish()
+    ahead.close()
     # Another plan goes on where this one is.
     apart.set_state(alone.state)
     np.testing.assert_array_equal(apart.params("learner")["w"], alone.params("learner")["w"])

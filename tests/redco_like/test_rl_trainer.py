@@ -99,12 +99,15 @@ def test_reward_fn_that_raises_loses_nothing_and_a_resumed_run_equals_an_uninter
 
 
 @pytest.mark.slow
-def test_ppo_stopped_twice_and_resumed_equals_uninterrupted(tmp_path):
-    whole = trainer_of(PPO, workdir=tmp_path / "whole")
+@pytest.mark.parametrize("spread", [False, True])
+def test_ppo_stopped_twice_and_resumed_equals_uninterrupted(tmp_path, spread):
+    """Also where iterations overlap: the checkpoint is of the finished one."""
+    where = {"devices": 8, "plan": execution_of(PPO, 16, UNEQUAL)} if spread else {}
+    whole = trainer_of(PPO, workdir=tmp_path / "whole", **where)
     fit(whole, iterations=4)
 
     def run():
-        trainer = trainer_of(PPO, workdir=tmp_path / "parts")
+        trainer = trainer_of(PPO, workdir=tmp_path / "parts", **where)
         return trainer, fit(trainer, iterations=4)
 
     for iteration in (1, 2):
