@@ -28,8 +28,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import jax  # noqa: E402
-import sorting  # noqa: E402
-from sorting import adam  # noqa: E402
+import sorting  # noqa: E402  # pyright: ignore[reportMissingImports]
+from sorting import adam  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 import redco_like as rl  # noqa: E402
 from redco_like import rlhf  # noqa: E402
