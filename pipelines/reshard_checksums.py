@@ -10,6 +10,7 @@ mod 2^32; elements in wrong places or several changed ones go unseen with probab
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax import lax
 from pipelines.reshard_pieces import Box
 
 MODULUS = 2**32
+BLOCK_ELEMENTS = 2**16
 
 
 def part_checksum(shard: jax.Array, held: Box, part: Box, shape: tuple[int, ...]) -> jax.Array:
@@ -40,17 +42,51 @@ def part_checksum(shard: jax.Array, held: Box, part: Box, shape: tuple[int, ...]
     for n in reversed(shape[1:]):
         strides.append(strides[-1] * n)
     stride = np.asarray([s % MODULUS for s in reversed(strides)][: len(shape)], np.uint32)
-    return _checksum(shard, start, offset, stride, tuple(stop - s for s, stop in part))
+    return _checksum(_bits(shard), start, offset, stride, tuple(stop - s for s, stop in part))
+
+
+def _bits(shard: Any) -> Any:
+    """Half-width floats on a CPU device as integers in the same memory: its compiler would convert the whole shard."""
+    halves = jnp.issubdtype(shard.dtype, jnp.floating) and shard.dtype.itemsize == 2
+    if not halves or not isinstance(shard, jax.Array) or len(shard.devices()) > 1:
+        return shard
+    (device,) = shard.devices()
+    return jax.device_put(np.asarray(shard).view(np.uint16), device) if device.platform == "cpu" else shard
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _checksum(shard: Any, start: Any, offset: Any, stride: Any, size: tuple[int, ...]) -> jax.Array:
+    """Block by block: XLA's CPU backend writes what it adds up, four bytes for each element."""
+    if math.prod(size) <= BLOCK_ELEMENTS:
+        return _block_sum(shard, start, offset, stride, (0,) * len(size), size)
+    # Whole dimensions from `dim` on are a block or less; those before it are looped over, and so are parts of `dim`.
+    dim = next(d for d in range(len(size)) if math.prod(size[d + 1 :]) <= BLOCK_ELEMENTS)
+    rows = BLOCK_ELEMENTS // math.prod(size[dim + 1 :])
+    total = jnp.zeros((), jnp.uint32)
+    for first, many, length in ((0, size[dim] // rows, rows), (size[dim] // rows * rows, 1, size[dim] % rows)):
+        if not length:
+            continue
+        counts = (*size[:dim], many)
+
+        def add(i: Any, total: Any, first: int = first, length: int = length, counts: Any = counts) -> Any:
+            at = list(jnp.unravel_index(i, counts))
+            at[dim] = first + at[dim] * length
+            at += [0] * (len(size) - len(at))
+            block = ((1,) * dim) + (length,) + size[dim + 1 :]
+            return total + _block_sum(shard, start, offset, stride, at, block)
+
+        total = lax.fori_loop(0, math.prod(counts), add, total)
+    return total
+
+
+def _block_sum(shard: Any, start: Any, offset: Any, stride: Any, at: Any, size: tuple[int, ...]) -> jax.Array:
     part = shard
     if size != shard.shape:
-        part = lax.dynamic_slice(shard, [start[d] for d in range(len(size))], size)
+        part = lax.dynamic_slice(shard, [start[d] + at[d] for d in range(len(size))], size)
     number = jnp.zeros(size, jnp.uint32)
     for d in range(len(size)):
-        number += (lax.broadcasted_iota(jnp.uint32, size, d) + offset[d]) * stride[d]
+        first = offset[d] + jnp.asarray(at[d], jnp.uint32)
+        number += (lax.broadcasted_iota(jnp.uint32, size, d) + first) * stride[d]
     number ^= number >> 16
     number *= jnp.uint32(0x85EBCA6B)
     number ^= number >> 13

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from pipelines import reshard_moving
+from pipelines import reshard_checksums, reshard_moving
 from pipelines.reshard import Reshard, ReshardError, from_host, reshard, to_host
 from pipelines.reshard_checksums import MODULUS, part_checksum
 from pipelines.reshard_host import offload_bytes
@@ -213,6 +213,26 @@ def test_checksums_of_parts_add_up_and_see_changes(dtype):
     assert int(part_checksum(changed, whole, whole, (6, 8))) != total
     swapped = values[::-1]
     assert int(part_checksum(swapped, whole, whole, (6, 8))) != total
+
+
+def test_checksums_go_block_by_block(monkeypatch):
+    rng = np.random.default_rng(2)
+    shape = (3, 5, 7, 2)
+    values = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    whole = tuple((0, n) for n in shape)
+    part = ((1, 3), (0, 5), (2, 7), (0, 2))
+    cases = [(values, whole, whole, shape), (values, whole, part, shape)]
+    wanted = [int(part_checksum(*case)) for case in cases]
+    for block in (1, 4, 9, 30, 64):
+        monkeypatch.setattr(reshard_checksums, "BLOCK_ELEMENTS", block)
+        reshard_checksums._checksum.clear_cache()
+        assert [int(part_checksum(*case)) for case in cases] == wanted
+    reshard_checksums._checksum.clear_cache()
+    x = reshard_checksums._bits(jnp.ones((1024, 2048), jnp.bfloat16))
+    index = [jax.ShapeDtypeStruct((2,), dtype) for dtype in (jnp.int32, jnp.uint32, jnp.uint32)]
+    monkeypatch.undo()
+    compiled = reshard_checksums._checksum.lower(x, *index, (1024, 2048)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.2e6
 
 
 @pytest.mark.parametrize("method", ["host", "device"])
