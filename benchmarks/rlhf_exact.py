@@ -157,7 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
-    nodes = [one_node("grpo", 3, 1, offload=True), one_node("grpo", 28, 28, offload=True)]
+    nodes = [one_node("grpo", 3, 1, offload=True), one_node("grpo", 30, 30, offload=True)]
     if not quick:
         nodes.append(one_node("ppo", 2, 1, offload=False))
     chosen = QUICK if quick else range(len(CASES))

@@ -11,13 +11,18 @@ none of C. Outside the time of C there are N devices for the work of R, so
     period >= sum over C of seconds + sum over R of seconds * devices / N
 
 C of the actor's generation and training, R of the scores is PPO's critical path; C empty is the work of everything.
+With C empty the work of moving parameters and of offloading counts as well. Where all calls of C and R lie between a
+call and the training of its role, so do the seconds that bring the call its parameters.
+
 Every mixture of such bounds is one as well. The best mixture at the start, and a grid of others, are used: a linear
 program finds it (it is the Lagrangian dual of choosing the places of calls one by one).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -56,30 +61,68 @@ def never_together(problem: Problem) -> tuple[int, ...]:
     return tuple(out)
 
 
-def simple_bounds(problem: Problem) -> tuple[Floats, Floats]:
-    """Weights of seconds and of seconds * devices / N: a row per bound, a column per call."""
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights of bounds: a row per bound, a column per call.
+
+    Attributes:
+        seconds_BN: of a call's seconds.
+        work_BN: of its seconds * devices / N.
+        brings_BN: of the seconds that bring a call its role's parameters after their training.
+        extra_B: of the work (seconds * devices / N) of everything besides calls.
+    """
+
+    seconds_BN: Floats
+    work_BN: Floats
+    brings_BN: Floats
+    extra_B: Floats
+
+    def mixed(self, mix_MB: Floats) -> Weights:
+        return Weights(mix_MB @ self.seconds_BN, mix_MB @ self.work_BN, mix_MB @ self.brings_BN, mix_MB @ self.extra_B)
+
+
+def simple_bounds(problem: Problem) -> Weights:
+    """The bounds of which all others are mixtures."""
     count, apart = problem.count, never_together(problem)
+    every = (1 << count) - 1
     found: list[tuple[int, int]] = []
     for chain in range(1 << count):
         members = [i for i in range(count) if chain >> i & 1]
         if any(not apart[a] >> b & 1 for a, b in itertools.combinations(members, 2)):
             continue
-        beside = (1 << count) - 1 & ~chain
+        beside = every & ~chain
         for call in members:
             beside &= apart[call]
         found.append((chain, beside))
     # Seconds are at least seconds * devices / N: a bound with more calls in C and as many in all says no less.
-    kept = [
+    kept = [(0, every)] + [
         (chain, beside)
         for chain, beside in found
-        if not any(
+        if chain
+        and not any(
             (chain, beside) != (more, other) and chain & more == chain and (chain | beside) & ~(more | other) == 0
             for more, other in found
         )
     ]
-    seconds_BN = np.array([[chain >> i & 1 for i in range(count)] for chain, _ in kept], float)
-    work_BN = np.array([[beside >> i & 1 for i in range(count)] for _, beside in kept], float)
-    return seconds_BN, work_BN
+
+    def bits(values: list[int]) -> Floats:
+        return np.array([[value >> i & 1 for i in range(count)] for value in values], float)
+
+    brings = []
+    for chain, beside in kept:
+        row = 0
+        for call in range(count):
+            home = problem.home[call]
+            if home == call or not problem.trained[call] or not (chain >> call & 1 and chain >> home & 1):
+                continue
+            # All the others run after this call and before its role is trained, so not while parameters are brought.
+            others = (chain | beside) & ~(1 << call | 1 << home)
+            after = sum(1 << i for i in range(count) if problem.ancestors[i] >> call & 1)
+            if not others & ~(after & problem.ancestors[home]):
+                row |= 1 << call
+        brings.append(row)
+    extra_B = np.array([float(not chain) for chain, _ in kept])
+    return Weights(bits([c for c, _ in kept]), bits([b for _, b in kept]), bits(brings), extra_B)
 
 
 class Bounds:
@@ -91,22 +134,22 @@ class Bounds:
     """
 
     def __init__(self, problem: Problem, tables: list[Floats], sequence: tuple[int, ...]):
-        simple_seconds, simple_work = simple_bounds(problem)
-        share = 1 / problem.grid.devices
+        simple, share = simple_bounds(problem), 1 / problem.grid.devices
         pure = [
-            simple_seconds[:, call, None] * table[:, 0] + simple_work[:, call, None] * table[:, 0] * table[:, 1] * share
+            simple.seconds_BN[:, call, None] * table[:, 0]
+            + simple.work_BN[:, call, None] * table[:, 0] * table[:, 1] * share
             for call, table in enumerate(tables)
         ]
-        mixtures = [np.eye(len(simple_seconds)), _best_mixture(pure)[None, :]]
-        steps = (0.25, 0.5, 0.75) if len(simple_seconds) <= 8 else (0.5,)
-        for a, b in itertools.combinations(range(len(simple_seconds)), 2):
+        count = len(simple.extra_B)
+        mixtures = [np.eye(count), _best_mixture(pure)[None, :]]
+        steps = (0.25, 0.5, 0.75) if count <= 8 else (0.5,)
+        for a, b in itertools.combinations(range(count), 2):
             for weight in steps:
-                row = np.zeros((1, len(simple_seconds)))
+                row = np.zeros((1, count))
                 row[0, a], row[0, b] = weight, 1 - weight
                 mixtures.append(row)
         mix_MB = np.concatenate(mixtures)[:MOST_BOUNDS]
-        self.seconds_MN = mix_MB @ simple_seconds
-        self.work_MN = mix_MB @ simple_work * share
+        self.weights, self.share = simple.mixed(mix_MB), share
         least = np.stack([(mix_MB @ terms).min(axis=1) for terms in pure], axis=1)
         after = [least[:, list(sequence[depth:])].sum(axis=1) for depth in range(problem.count + 1)]
         self.rest_DM = np.stack(after)
@@ -117,7 +160,21 @@ class Bounds:
 
     def terms(self, call: int, seconds_O: Floats, devices: int) -> Floats:
         """What options of a call add to every bound, (M, O)."""
-        return (self.seconds_MN[:, call] + self.work_MN[:, call] * devices)[:, None] * seconds_O[None, :]
+        weight_M = self.weights.seconds_BN[:, call] + self.weights.work_BN[:, call] * devices * self.share
+        return weight_M[:, None] * seconds_O[None, :]
+
+    def with_moves(self, calls_M: Floats, brings: Mapping[int, float], extra: float) -> float:
+        """The largest bound.
+
+        Args:
+            calls_M: what calls add.
+            brings: call -> seconds that bring its parameters.
+            extra: seconds * devices of everything besides calls.
+        """
+        total_M = calls_M + self.weights.extra_B * (extra * self.share)
+        for call, seconds in brings.items():
+            total_M = total_M + self.weights.brings_BN[:, call] * seconds
+        return float(total_M.max())
 
 
 def _best_mixture(pure: list[Floats]) -> Floats:

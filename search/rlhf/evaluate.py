@@ -47,6 +47,7 @@ class Evaluate:
         roles = range(len(problem.roles))
         sizes = range(len(roles) + 1) if offload else (0,)
         self.sets = tuple(frozenset(chosen) for k in sizes for chosen in itertools.combinations(roles, k))
+        self.roles = frozenset(roles)
         self._known: dict[tuple, Assignment] = {}
 
     def __call__(self, places: Sequence[Place], *, below: float = float("inf")) -> Assignment:
@@ -61,10 +62,10 @@ class Evaluate:
             return known
         self.count += 1
         problem, numbered = self.problem, dict(enumerate(places))
-        covers = sorted({cover for _, cover in segments([w for w, _ in places], problem.grid.devices)})
+        covers = {cover: 0 for _, cover in segments([w for w, _ in places], problem.grid.devices)}
         fitting, over = self.fitting(numbered, covers)
         best = Assignment(tuple(places), float("inf"), problem.orders[0], frozenset(), over)
-        groups = bits_of(range(problem.count), covers)
+        groups = bits_of(range(problem.count), sorted(covers))
         for offloaded in fitting:
             limit = min(below, best.seconds)
             seconds, order = best_order(problem, numbered, offloaded, groups=groups, below=limit)
@@ -75,30 +76,39 @@ class Evaluate:
         return best
 
     def fitting(
-        self, places: Mapping[int, Place], covers: Sequence[int], among: Sequence[frozenset[int]] | None = None
+        self,
+        places: Mapping[int, Place],
+        covers: Mapping[int, int],
+        later: Mapping[int, float] | None = None,
     ) -> tuple[tuple[frozenset[int], ...], float]:
         """The least sets of roles whose offloading makes places fit, and the bytes over where there is none.
 
         Args:
             places: of some or all calls.
-            covers: sets of these calls, in the order of `places`, whose windows have a device to themselves, as bits.
-            among: sets to try, small ones first; default: all.
+            covers: sets of these calls, in the order of `places`, whose windows have devices to themselves, as bits;
+                and how many devices.
+            later: role -> bytes over all devices that its home will need at least, where that has no place yet. Every
+                device must have room for its share of them when it is fullest.
         """
         problem, numbers = self.problem, list(places)
-        heres = [frozenset(call for at, call in enumerate(numbers) if cover >> at & 1) for cover in covers if cover]
+        heres = [
+            (frozenset(call for at, call in enumerate(numbers) if cover >> at & 1), devices)
+            for cover, devices in covers.items()
+        ]
+        total = problem.usable * problem.grid.devices
         kept: list[frozenset[int]] = []
         least = float("inf")
-        for offloaded in self.sets if among is None else among:
+        for offloaded in self.sets:
             if any(known <= offloaded for known in kept):
                 continue
-            peak = 0.0
-            for here in heres:
+            peak, everywhere = 0.0, sum((later or {}).get(role, 0.0) for role in self.roles - offloaded)
+            for here, devices in heres:
                 phases = phase_bytes(problem, places, here, offloaded)
-                resident = resident_bytes(problem, places, here, offloaded)
-                peak = max(peak, resident + max(phases.values(), default=0.0))
+                most = resident_bytes(problem, places, here, offloaded) + max(phases.values(), default=0.0)
+                peak, everywhere = max(peak, most), everywhere + devices * most
                 if peak > problem.usable and kept:
                     break
-            if peak <= problem.usable:
+            if peak <= problem.usable and everywhere <= total * (1 + 1e-12):
                 kept.append(offloaded)
             least = min(least, peak)
-        return tuple(kept), 0.0 if kept else least - problem.usable
+        return tuple(kept), 0.0 if kept else max(0.0, least - problem.usable)

@@ -31,7 +31,7 @@ import numpy as np
 from search.rlhf.bounds import Bounds, Floats
 from search.rlhf.evaluate import Assignment, Evaluate
 from search.rlhf.options import Option, Window
-from search.rlhf.problem import Problem
+from search.rlhf.problem import Place, Problem
 from search.rlhf.simulator import best_order, bits_of
 from search.rlhf.windows import Arrangements
 
@@ -176,6 +176,16 @@ class _Search:
         self.columns = [
             {size: {id(o): i for i, o in enumerate(t.options)} for size, t in mine.items()} for mine in tables
         ]
+        # Bytes over all devices that the homes of calls from a depth on need at least, by role.
+        homes = {
+            call: min(float((t.params_O + t.state_O).min()) * size for size, t in tables[call].items())
+            for call in range(problem.count)
+            if problem.home[call] == call
+        }
+        self.later = [
+            {problem.role[call]: homes[call] for call in self.sequence[depth:] if call in homes}
+            for depth in range(problem.count + 1)
+        ]
         at = {call: depth for depth, call in enumerate(self.sequence)}
         related = {
             depth: tuple(
@@ -230,13 +240,17 @@ class _Search:
         numbers = self.sequence[: len(part.options)]
         pairs = zip(arrangement.windows, part.options, strict=True)
         places = dict(zip(numbers, pairs, strict=True))
-        covers = arrangement.covers
-        fitting, _ = self.evaluate.fitting(places, covers)
-        groups = bits_of(numbers, covers)
+        fitting, _ = self.evaluate.fitting(places, arrangement.devices, self.later[len(places)])
+        groups = bits_of(numbers, arrangement.covers)
         best, best_set, order = self.limit, None, problem.orders[0]
+        calls_M = self.placed(part) + self.bounds.rest_DM[len(places)]
         for offloaded in fitting:
+            least = self.bounds.with_moves(calls_M, *self.moving(places, offloaded))
+            if least >= best:
+                continue
             seconds, found = best_order(problem, places, offloaded, groups=groups, least=self.least, below=best)
             if seconds < best:
+                seconds = seconds if len(places) == problem.count else max(seconds, least)
                 best, best_set, order = seconds, offloaded, found
         if best_set is None:
             return None
@@ -251,10 +265,7 @@ class _Search:
         problem, depth = self.problem, len(part.options)
         call = self.sequence[depth]
         arrangement, limit = part.arrangement, self.limit
-        placed_M = self.bounds.rest_DM[depth + 1].copy()
-        for at, (size, option) in enumerate(zip(arrangement.sizes, part.options, strict=True)):
-            other = self.sequence[at]
-            placed_M += self.terms[other][size][:, self.columns[other][size][id(option)]]
+        placed_M = self.placed(part) + self.bounds.rest_DM[depth + 1]
         covers = arrangement.covers
         load_V = np.array([self._load(part, cover) for cover in covers])
         is_home, may_leave = problem.home[call] == call, len(self.evaluate.sets) > 1
@@ -281,6 +292,35 @@ class _Search:
                 out.append((float(bound_AO[a, o]), children[a], table.options[o]))
         out.sort(key=lambda way: way[0])
         return out
+
+    def placed(self, part: _Part) -> Floats:
+        """What the calls of a part add to every bound."""
+        out_M = np.zeros(self.bounds.rest_DM.shape[1])
+        for at, (size, option) in enumerate(zip(part.arrangement.sizes, part.options, strict=True)):
+            call = self.sequence[at]
+            out_M += self.terms[call][size][:, self.columns[call][size][id(option)]]
+        return out_M
+
+    def moving(self, places: Mapping[int, Place], offloaded: frozenset[int]) -> tuple[dict[int, float], float]:
+        """Seconds that bring each call its parameters, and the work of all moving: seconds * devices, at least."""
+        problem, brings, work = self.problem, {}, 0.0
+        for call, place in places.items():
+            home, away = problem.home[call], problem.role[call] in offloaded
+            if home not in places:
+                continue
+            its = places[home]
+            seconds = problem.host_seconds(call, its) if away else 0.0
+            work += seconds * its[0].devices
+            if home == call:
+                if problem.calls[call].kind == "train":
+                    work += seconds * its[0].devices
+                continue
+            move = problem.move(call, place, its)
+            common = max(0, min(its[0].end, place[0].end) - max(its[0].first, place[0].first))
+            work += move.seconds * (its[0].devices + place[0].devices - common)
+            back = problem.host_seconds(home, its) if away and problem.trained[call] else 0.0
+            brings[call] = seconds + move.seconds + back
+        return brings, work
 
     def _load(self, part: _Part, cover: int) -> float:
         """Seconds for which calls that are placed keep a device of a cover busy."""

@@ -149,7 +149,15 @@ class Arrangements:
     @functools.cached_property
     def covers(self) -> tuple[int, ...]:
         """The sets of calls that have a device in common and to themselves, as bits; 0 where devices are left over."""
-        return tuple(sorted({cover for _, cover in segments(self.windows, self.grid.devices)}))
+        return tuple(self.devices)
+
+    @functools.cached_property
+    def devices(self) -> dict[int, int]:
+        """Devices of every cover."""
+        out: dict[int, int] = {}
+        for window, cover in segments(self.windows, self.grid.devices):
+            out[cover] = out.get(cover, 0) + window.devices
+        return dict(sorted(out.items()))
 
     def child(self, size: int) -> tuple[Arrangements, ...]:
         """Classes with one more window, of a size."""

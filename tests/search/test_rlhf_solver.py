@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,8 @@ from search.rlhf.bounds import never_together
 from search.rlhf.brute import brute_force
 from search.rlhf.evaluate import Evaluate
 from search.rlhf.problem import Problem
-from search.rlhf.solver import minimise
+from search.rlhf.simulator import simulate_numbered
+from search.rlhf.solver import _Search, minimise
 
 WORKLOAD = Workload(64, 128, 128)
 ONE = parse_cluster("8xA100-80")
@@ -203,6 +205,27 @@ def test_calls_that_wait_for_each_other_both_ways_never_run_at_the_same_time():
     assert of("generate") == {"reward", "reference", "critic", "train_actor"}
     assert of("train_critic") == {"critic"}  # It may run beside the next generation, and beside the actor's training.
     assert of("reward") == {"generate", "train_actor"}
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=25)
+def test_no_assignment_is_faster_than_the_bounds_that_add_up(seed):
+    name, cluster = ("ppo", ONE) if seed % 2 else ("rescore", FOUR)
+    graph = rescore() if name == "rescore" else GRAPHS[name]()
+    problem = Problem(graph, WORKLOAD, cluster, RandomCosts(seed, 2), usable_bytes=1e9)
+    search = _Search(Evaluate(problem), {}, {}, dominance=False)
+    options = candidates(problem)
+    for step in range(6):
+        chosen = {c: options[c][(seed + step * 31 + c * 17) % len(options[c])] for c in range(problem.count)}
+        roles = frozenset(range(step % (len(problem.roles) + 1)))
+        terms = [
+            search.bounds.terms(c, np.array([option.seconds]), window.devices)[:, 0]
+            for c, (window, option) in chosen.items()
+        ]
+        least = search.bounds.with_moves(sum(terms), *search.moving(chosen, roles))
+        for order in problem.orders[:3]:
+            assert least <= simulate_numbered(problem, chosen, order, roles).period * (1 + 1e-9)
+        assert search.bounds.root <= least * (1 + 1e-9)
 
 
 def test_a_graph_with_very_many_orders_has_a_plan_and_no_proof():
