@@ -87,6 +87,7 @@ class RLTrainer:
             None for none.
         name: of this trainer; its files are in that folder of the workdir, its draws belong to it.
         keep_checkpoints: number of latest checkpoints kept.
+        deadline_seconds: how long a call, or a reward function, may take on another process.
         writers: where metrics go besides the JSONL file.
 
     Raises:
@@ -114,6 +115,7 @@ class RLTrainer:
         samples_every: int | None = 10,
         name: str = "rl",
         keep_checkpoints: int = 2,
+        deadline_seconds: float = 3600.0,
         writers: Sequence[str | Writer] = (),
     ):
         for role, function in (("collate_fn", collate_fn), ("decode_fn", decode_fn)):
@@ -140,7 +142,7 @@ class RLTrainer:
         given |= {role: pair for role, pair in (("critic", critic), ("reward", reward_model)) if pair is not None}
         self.members = _members(self.graph, model, params, given, deployer.rng(f"{name}/heads"))
         self._optimizers = _optimizers(self.graph, optimizer)
-        self._keep, self._writers = keep_checkpoints, tuple(writers)
+        self._keep, self._writers, self._deadline = keep_checkpoints, tuple(writers), deadline_seconds
         if samples_every is not None and (isinstance(samples_every, bool) or samples_every < 1):
             raise ValueError(f"samples_every={samples_every!r}; a whole number from 1 up, or None")
         self._samples_every = samples_every
@@ -345,7 +347,7 @@ class RLTrainer:
         )
 
     def _together(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
-        return within_deadline(what, self._deployer.deadline_seconds, function, *args)
+        return within_deadline(what, self._deadline, function, *args)
 
     def _hosts(self) -> list[HostStep]:
         hosts = []

@@ -1,6 +1,7 @@
 """The engine: whatever runs beside a request, it gets the tokens that it would get alone."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -343,3 +344,30 @@ def test_a_predictor_translates_with_an_encoder_decoder():
         assert completion.tokens == tuple(np.asarray(logits[0].argmax(-1)).tolist())
     with pytest.raises(ValueError, match="is continued greedily"):
         predictor.generate(sources, model, SamplingParams(temperature=1.0))
+
+
+def test_parameters_come_and_go():
+    """What a trainer does with an engine: made of shapes, given parameters, and freed of them and of its cache."""
+    model, params = made("llama-3-8b")
+    forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    sizes = {"rows": 8, "length": LENGTH, "chunk_tokens": 8, "steps_per_dispatch": 3, "eos": (5,)}
+    engine = Engine(model, forms, plan=ONE, devices=jax.devices()[3:4], **sizes)
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
+    with pytest.raises(ValueError, match="this Engine has no parameters; give it some with set_params"):
+        engine.step()
+    engine.cancel(0)
+    with pytest.raises(ValueError, match="parameters are given up while requests run"):
+        engine.release()
+    engine = Engine(model, forms, plan=ONE, devices=jax.devices()[3:4], **sizes)
+    wanted = engine_of("llama-3-8b", ONE).generate([[1, 2, 3]], SamplingParams(max_tokens=4))
+    for _ in range(2):
+        engine.set_params(params)
+        assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4)) == wanted
+        assert {x.device for x in jax.tree.leaves(engine.params)} == {jax.devices()[3]}
+        engine.release()
+        assert engine.params is None
+    elsewhere = [types.SimpleNamespace(process_index=1)]
+    with pytest.raises(
+        ValueError, match=r"of the 2 devices 1 belong to others than process 0; give devices=jax\.local"
+    ):
+        Engine(model, params, devices=[*jax.devices()[:1], *elsewhere], **sizes)
