@@ -63,7 +63,7 @@ CASES = [
     ("16x8xA100-80", 70, 70, LONG),
 ]
 QUICK = (0, 4, 9)
-WALKED = (0, 1, 3, 6)
+WALKED = (0, 1, 3)
 """Cases in which MCMC walks too."""
 BETAS = (0.3, 3.0, 30.0)
 """Per second of a period of 10 seconds; scaled with the period."""
