@@ -129,8 +129,8 @@ class Software:
 
 PLANNER = Software(2e-6, 4.5e-5)
 """What the planner assumes of compiled steps."""
-START = Software(1e-5, 1e-4)
-"""Where fits begin: Python takes some 10 us per operation."""
+START = Software(2e-5, 2e-4)
+"""Where fits begin: PyTorch takes some 10 to 30 us per operation from Python, and NCCL some ten times that."""
 
 
 class Case:
@@ -236,7 +236,9 @@ def read_points(folder: str | pathlib.Path) -> list[Point]:
     return [Point(Case(row), row.seconds, searched.get(row.work)) for row in rows if row.system == "ReaL-Heuristic"]
 
 
-def fit_software(points: Sequence[Point], *, start: Software = START, rounds: int = 2) -> Software:
+def fit_software(
+    points: Sequence[Point], *, start: Software = START, rounds: int = 1, time_limit: float = 20.0
+) -> Software:
     """Fit the constants of a system on some points: least squares on the logarithm of estimate over measurement.
 
     Under the heuristic every operation of decoding has its share of collectives, so that its seconds tell what both
@@ -247,7 +249,11 @@ def fit_software(points: Sequence[Point], *, start: Software = START, rounds: in
     for _ in range(rounds):
         windows = []
         for point in points:
-            execution = point.case.search(found).execution if point.searched_seconds is not None else None
+            execution = (
+                point.case.search(found, time_limit=time_limit).execution
+                if point.searched_seconds is not None
+                else None
+            )
             windows.append({} if execution is None else {plan.call: plan.window for plan in execution.calls})
 
         def errors(logs: Any, windows: list[dict[str, Window]] = windows) -> list[float]:

@@ -138,11 +138,16 @@ class CallCosts:
         self.constraints = {kind: (constraints or {}).get(kind, Constraint()) for kind in FORBIDDEN}
         self.allow_planned, self.call_seconds = allow_planned, call_seconds
         self.still = frozenset(still)
-        self.usable_bytes = (share or memory_share(cluster.accelerator)) * cluster.accelerator.usable_memory_bytes
+        self._share = share or memory_share(cluster.accelerator)
         self._tell = tell or (lambda _: None)
         self._models: dict[Any, tuple[TracedModel, Traced]] = {}
         self._known: dict[Any, tuple[Option, ...]] = {}
         self._trees: dict[Any, ShardedTree] = {}
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of a device."""
+        return self._share * self.cluster.accelerator.usable_memory_bytes
 
     def options(self, call: Call, devices: int) -> Sequence[Option]:
         """Ways to run a call on a window of so many devices; none where it does not fit.
