@@ -86,6 +86,8 @@ def move_pieces(
                 sums.after(leaf, by_leaf[leaf], made[-1])
             if arrived is not None:
                 store.flush()
+                if sums is not None:
+                    sums.wait()  # an array that is still read keeps its memory when it is deleted
                 arrived(leaf)
         store.flush()
     if sums is not None:
@@ -106,6 +108,8 @@ def _copies(schedule: Schedule, store: HostStore | DeviceStore, numbers: Sequenc
             if device.process_index == here and not store.stays(piece.leaf, device)
         ]
         ways += [(r.sender, r.receivers) for r in piece.routes if not r.crosses and r.sender.process_index == here]
+        if isinstance(store, HostStore):
+            ways = ways[:1]  # all who want it share the memory
         if ways:
             parts = cut(piece.box, itemsize, limit)
             copies += [(piece.leaf, source, targets, part) for source, targets in ways for part in parts]
@@ -143,6 +147,7 @@ class Sums:
         self._received: dict[int, int] = {}
         self._pieces: dict[int, Any] = {}
         self._shards: list[tuple[int, Any, list[int], Any]] = []
+        self._begun: list[Any] = []
         self._lock = threading.Lock()
 
     def of_piece(self, number: int, device: Any) -> Any:
@@ -166,6 +171,12 @@ class Sums:
             senders += [r.sender for r in piece.routes if not r.crosses and r.sender.process_index == here]
             if senders:
                 self._pieces[number] = self.of_piece(number, senders[-1])
+                self._begun.append(self._pieces[number])
+
+    def wait(self) -> None:
+        """Wait for all checksums that have been begun."""
+        jax.block_until_ready(self._begun)
+        self._begun.clear()
 
     def after(self, leaf: int, numbers: Sequence[int], made: jax.Array) -> None:
         """Begin the checksums of the new shards."""
@@ -176,11 +187,16 @@ class Sums:
             piece = self._schedule.pieces[number]
             for device in (*piece.kept, *(d for route in piece.routes for d in route.receivers)):
                 of_device.setdefault(device, []).append(number)
+        seen = set()
         for shard in made.addressable_shards:
             device = shard.device
+            if isinstance(self._store, HostStore) and boxes[device] in seen:
+                continue  # the same memory
             if not self._store.stays(leaf, device):
+                seen.add(boxes[device])
                 total = part_checksum(shard.data, boxes[device], boxes[device], shape)
                 self._shards.append((leaf, device, of_device.get(device, []), total))
+                self._begun.append(total)
 
     def compare(self) -> None:
         """Compare all.

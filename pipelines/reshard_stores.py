@@ -139,12 +139,15 @@ class _Shards:
 
 
 class HostStore(_Shards):
-    """Shards in host memory. Old ones are arrays on CPU devices, or numpy arrays by device."""
+    """Shards in host memory. Old ones are arrays on CPU devices, or numpy arrays by device.
+
+    Devices of this process that want the same box share its memory, as they do after `jax.device_put`.
+    """
 
     def __init__(self, schedule: Schedule, arrays: Sequence[jax.Array | Mapping[Any, Values]]):
         super().__init__(schedule, arrays)
         self._views: dict[int, dict[Any, Values]] = {}
-        self._new: dict[int, dict[Any, Values]] = {}
+        self._new: dict[int, dict[Box, Values]] = {}
         self._store_lock = threading.Lock()
 
     def _view(self, leaf: int, device: Any) -> Values:
@@ -155,12 +158,12 @@ class HostStore(_Shards):
             return views[device]
 
     def _buffer(self, leaf: int, device: Any) -> Values:
+        box = self.boxes(leaf, "target")[device]
         with self._store_lock:
             buffers = self._new.setdefault(leaf, {})
-            if device not in buffers:
-                shape = shape_of(self.boxes(leaf, "target")[device])
-                buffers[device] = aligned_empty(shape, self.schedule.moves[leaf].dtype)
-            return buffers[device]
+            if box not in buffers:
+                buffers[box] = aligned_empty(shape_of(box), self.schedule.moves[leaf].dtype)
+            return buffers[box]
 
     def copy(self, leaf: int, source: Any, targets: Sequence[Any], box: Box) -> None:
         self.write(leaf, targets, box, self.read(leaf, source, box))
@@ -172,8 +175,7 @@ class HostStore(_Shards):
         return self._buffer(leaf, target)[(*within(box, self.boxes(leaf, "target")[target]), ...)]
 
     def write(self, leaf: int, targets: Sequence[Any], box: Box, values: Values) -> None:
-        for target in targets:
-            copy_values(self._new_part(leaf, target, box), values)
+        copy_values(self._new_part(leaf, targets[0], box), values)  # which is everyone's
 
     def hole(self, leaf: int, target: Any, box: Box) -> Values | None:
         part = self._new_part(leaf, target, box)
@@ -192,12 +194,12 @@ class HostStore(_Shards):
         return made
 
     def _part(self, leaf: int, device: Any) -> Values:
-        if not self.stays(leaf, device):
-            return self._buffer(leaf, device)
-        # Values that came as numpy arrays belong to their giver.
-        kept = aligned_empty(shape_of(self.boxes(leaf, "target")[device]), self.schedule.moves[leaf].dtype)
-        copy_values(kept, self._view(leaf, device))
-        return kept
+        if self.stays(leaf, device):
+            # Values that came as numpy arrays belong to their giver.
+            box = self.boxes(leaf, "target")[device]
+            if box not in self._new.get(leaf, {}):
+                copy_values(self._buffer(leaf, device), self._view(leaf, device))
+        return self._buffer(leaf, device)
 
     def flush(self) -> None:
         pass

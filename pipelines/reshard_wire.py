@@ -115,16 +115,12 @@ class Wire:
     def _receive(self, links: Links, peer: int, number: int, route: Route) -> None:
         piece = self._schedule.pieces[number]
         dtype = self._schedule.moves[piece.leaf].dtype
-        first, others = route.receivers[:1], route.receivers[1:]
         for box in self._parts(number):
-            values = self._store.hole(piece.leaf, first[0], box)
-            in_place = values is not None
-            if values is None:
-                values = np.empty(shape_of(box), dtype)
+            hole = self._store.hole(piece.leaf, route.receivers[0], box)
+            values = np.empty(shape_of(box), dtype) if hole is None else hole
             links.receive_into(peer, _memory(values), self._name(number))
-            targets = others if in_place else route.receivers
-            if targets:
-                self._store.write(piece.leaf, targets, box, values)
+            if hole is None:
+                self._store.write(piece.leaf, route.receivers, box, values)
         if self._sums is not None:
             checksum = bytearray(4)
             links.receive_into(peer, memoryview(checksum), self._name(number))
