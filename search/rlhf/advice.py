@@ -5,6 +5,7 @@ advice(evaluate, {"actor": "llama-2-70b", ...})            # one sentence each
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -27,6 +28,8 @@ def advice(evaluate: Evaluate, models: Mapping[str, str]) -> str:
         named = f"role {entry.role!r} ({models[entry.role]}), call {entry.name!r}"
         sized = [(size, option) for size in problem.grid.sizes for option in problem.choices(call, size)]
         if not sized:
+            sized = _roomier(problem, call)
+        if not sized:
             sizes = ", ".join(map(str, problem.grid.sizes))
             return (
                 f"nothing fits: {named} has no option on any window ({sizes} devices): no mesh of these sizes suits "
@@ -46,6 +49,26 @@ def advice(evaluate: Evaluate, models: Mapping[str, str]) -> str:
         Evaluate(problem, offload=len(evaluate.sets) > 1), [greedy(problem, options)], options, evaluations=_SEARCHED
     )
     return _together(problem, nearest, offload=len(evaluate.sets) > 1, models=models, evaluate=evaluate)
+
+
+def _roomier(problem: Problem, call: int) -> list[tuple[int, Option]]:
+    """Options on devices with as many times the memory as it takes, where the costs can be asked about those."""
+    elsewhere = getattr(problem.costs, "on", None)
+    size = problem.grid.sizes[-1]
+    if elsewhere is None:
+        return []
+    for times in (2, 4, 8, 16, 32, 64):
+        accelerator = problem.cluster.accelerator
+        larger = dataclasses.replace(
+            accelerator,
+            memory_bytes=times * accelerator.memory_bytes,
+            usable_memory_bytes=times * accelerator.usable_memory_bytes,
+        )
+        costs = elsewhere(dataclasses.replace(problem.cluster, accelerator=larger))
+        found = [(size, option) for option in costs.options(problem.calls[call], size)]
+        if found:
+            return found
+    return []
 
 
 def _together(

@@ -62,7 +62,7 @@ def improve(
     """Anneal from the best start, then change one or two calls at a time until nothing is better.
 
     Args:
-        evaluations: of annealing.
+        evaluations: of annealing, and twice as many of what follows.
         deadline: of `time.monotonic`; it comes first only where evaluations take unusually long.
     """
     problem, draw = evaluate.problem, random.Random(seed)
@@ -85,23 +85,31 @@ def improve(
             here = there
         if cost(problem, here) < cost(problem, best):
             best = here
-    return descend(evaluate, best, options, deadline=deadline)
+    return descend(evaluate, best, options, evaluations=2 * evaluations, deadline=deadline)
 
 
-def descend(evaluate: Evaluate, start: Assignment, options: Candidates, *, deadline: float = math.inf) -> Assignment:
+def descend(
+    evaluate: Evaluate,
+    start: Assignment,
+    options: Candidates,
+    *,
+    evaluations: float = math.inf,
+    deadline: float = math.inf,
+) -> Assignment:
     """Change one call at a time to the best place for it, until nothing is better."""
     problem, best = evaluate.problem, start
+    last = evaluate.count + evaluations
     changed = True
-    while changed and time.monotonic() < deadline:
+    while changed:
         changed = False
         for call in range(problem.count):
             for place in options[call]:
+                if evaluate.count >= last or time.monotonic() > deadline:
+                    return best
                 places = (*best.places[:call], place, *best.places[call + 1 :])
                 found = evaluate(places, below=best.seconds)
                 if cost(problem, found) < cost(problem, best) * (1 - 1e-9):
                     best, changed = found, True
-            if time.monotonic() > deadline:
-                break
     return best
 
 

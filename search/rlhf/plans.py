@@ -74,8 +74,8 @@ def solve(
 
     Args:
         models: role -> name, for the plan; default: the roles' own names.
-        time_limit: seconds of searching (of costs, as many as they take). Where it hits, the plan may differ from
-            machine to machine; else the same input gives the same plan.
+        time_limit: seconds of searching (costs take what they take before). Where it hits, or half of it while
+            annealing, the plan may differ from machine to machine; else the same input gives the same plan.
         offload: whether roles may lie in the host's memory between their calls.
         seed: of annealing.
         tell: called with what is going on.
@@ -98,12 +98,10 @@ def solve(
     if not all(options):
         return Found(None, math.inf, 0.0, 0, advice(evaluate, models))
     tell("plans that people use")
-    known = placements(evaluate, deadline=begin + time_limit / 4)
+    known = placements(evaluate, deadline=begin + time_limit / 3)
     tell("annealing")
     starts = [found.places for found in known.values()] + [greedy(problem, options)]
-    start = improve(
-        evaluate, starts, options, evaluations=ANNEALED, seed=seed, deadline=time.monotonic() + time_limit / 4
-    )
+    start = improve(evaluate, starts, options, evaluations=ANNEALED, seed=seed, deadline=begin + time_limit / 2)
     tell(f"branch and bound, from {start.seconds:.4g} s" if start.seconds < math.inf else "branch and bound")
     outcome = minimise(evaluate, start=start, deadline=begin + time_limit, tell=tell)
     seconds = time.monotonic() - begin

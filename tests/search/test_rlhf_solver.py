@@ -278,6 +278,31 @@ def test_a_role_without_an_option_is_named():
     assert "role 'reward' (reward), call 'reward' has no option on any window (1, 2, 4, 8 devices)" in found.advice
 
 
+def test_a_role_that_fits_on_no_window_is_told_with_the_bytes_it_lacks():
+    class Fitting(SyntheticCosts):
+        """Has only what fits, and can be asked about other machines."""
+
+        usable = 9e9
+
+        def options(self, call, devices):
+            return tuple(o for o in super().options(call, devices) if needs(o) <= self.usable)
+
+        def on(self, cluster):
+            more = Fitting(self.sizes, self.workload, self.per_node)
+            more.usable = self.usable * cluster.accelerator.memory_bytes / ONE.accelerator.memory_bytes
+            return more
+
+    def needs(option):
+        return option.params_bytes + option.state_bytes + option.working_bytes
+
+    costs = Fitting(dict.fromkeys(GRAPHS["ppo"]().roles, 7e9), WORKLOAD, 8)
+    found = solve(GRAPHS["ppo"](), WORKLOAD, ONE, costs, usable_bytes=9e9)
+    least = min(needs(o) for o in SyntheticCosts.options(costs, GRAPHS["ppo"]().call("train_actor"), 8))
+    assert found.execution is None
+    assert "role 'actor' (actor), call 'train_actor' needs" in found.advice
+    assert f"that is {(least - 9e9) / 2**30:.2f} GiB more than the 8.38 GiB usable" in found.advice
+
+
 def test_bad_arguments_are_refused():
     graph, costs = GRAPHS["dpo"](), RandomCosts(0, 1)
     with pytest.raises(ValueError, match="time_limit=0"):
