@@ -318,6 +318,8 @@ class RLTrainer:
         if self._runner is not None:
             runner.set_state(self._runner.state)
             self._runner.close()
+        # What the roles began as is theirs to keep, in the layout of their homes.
+        self.members = {role: Member(member.model, member.forms) for role, member in self.members.items()}
         self._runner, self._problem, execution = runner, problem, runner.execution
         self._deployer.logger.info("%s: %s", self.name, _words(execution))
         if self.folder is not None and self._deployer.is_first:
@@ -338,7 +340,10 @@ class RLTrainer:
         return Runner(
             execution,
             steps,
-            {role: self.members[role].params for role in self.graph.roles},
+            {
+                role: self.members[role].params if self._runner is None else self._runner.params(role)
+                for role in self.graph.roles
+            },
             hosts=self._hosts(),
             devices=devices,
             seed=self._seed,
@@ -443,6 +448,9 @@ class RLTrainer:
             progress.update(number, {k: metrics[k] for k in ("reward", "loss") if k in metrics})
             if skipped := [call for call, values in outcome.metrics.items() if values.get("skipped")]:
                 runner.cancel()
+                if run.store is not None:
+                    self._save(run.store, run)
+                    self.wait()
                 raise NonFiniteError(
                     f"iteration {number}: a loss or gradient of {', '.join(skipped)} was not finite; "
                     f"{outcome.metrics[skipped[0]]['skipped']:g} steps were not applied"

@@ -142,6 +142,12 @@ def test_unequal_meshes_equal_one_device(tmp_path, algorithm, offloaded):
     result = fit(spread, temperature=temperature)
     check_same(alone, spread, [tmp_path / "one/rl", tmp_path / "spread/rl"])
     assert ("edge/actor: train_actor -> host/seconds" in result.metrics) == bool(offloaded)
+    # Another size of iterations: other programs, the same roles.
+    before = params_of(alone)
+    assert fit(alone, iterations=1, sequences=8, temperature=temperature).iteration == 4
+    after = params_of(alone)
+    assert 0 < furthest(before["actor"], after["actor"]) < 0.02
+    assert furthest(before["reference"], after["reference"]) == 0.0
 
 
 def test_prompts_that_do_not_fit_are_named():
