@@ -122,7 +122,7 @@ def mcmc(
     beta: float = 1.0,
     deadline: float = math.inf,
 ) -> Assignment:
-    """ReaL's search (Mei et al. 2024, arXiv 2406.14088, section 5.2): Metropolis-Hastings over execution plans.
+    """ReaL's search (Mei et al. 2024, arXiv 2406.14088): Metropolis-Hastings over execution plans.
 
     It starts from the fastest place of every call by itself. A proposal gives one call, drawn evenly, another place,
     drawn evenly; it is accepted with probability min(1, exp(-beta (cost' - cost))), costs in seconds. The best seen is

@@ -35,10 +35,7 @@ MOST_BOUNDS = 64
 
 
 def never_together(problem: Problem) -> tuple[int, ...]:
-    """Per call, the calls that never run at the same time, as bits.
-
-    >>> from search.rlhf.graph import dpo                      # doctest: +SKIP
-    """
+    """Per call, the calls that never run at the same time, as bits."""
     count, ancestors = problem.count, problem.ancestors
     upto = [ancestors[i] | 1 << i for i in range(count)]
 

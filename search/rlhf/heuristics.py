@@ -3,12 +3,12 @@
     placements(Evaluate(problem))["colocated"].seconds
 
 - `colocated`: every call on all devices (DeepSpeed-Chat, Yao et al. 2023, arXiv 2308.01320; HybridFlow's best to 64).
-- `real`: ReaL's heuristic (Mei et al. 2024, arXiv 2406.14088, section 8.1): the same for every call on all devices,
+- `real`: ReaL's heuristic (Mei et al. 2024, arXiv 2406.14088): the same for every call on all devices,
   tensor = devices of a node, stages = nodes; or what is nearest to it.
 - `shipped`: what ReaL's program sets for PPO: generation on everything with no tensor parallelism and a stage per node,
   but two at least; the actor and the critic train beside each other on halves; the reference on everything, other
   scores on halves.
-- `split`: HybridFlow (Sheng et al. 2024, arXiv 2409.19256, section 8.3): actor and reference on one part of the
+- `split`: HybridFlow (Sheng et al. 2024, arXiv 2409.19256): actor and reference on one part of the
   devices, the others on the rest.
 - `standalone`: every role on devices of its own.
 

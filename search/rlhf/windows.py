@@ -3,10 +3,10 @@
     grid = Grid.of(parse_cluster("4x8xH100"))
     grid.windows                                               # runs of whole nodes, aligned slices of a node
     root = Arrangements(grid, related=())                      # joint placements, one representative for those alike
-    root.child(16).child(8)                                    # 16 devices, then 8: disjoint, or overlapping, or inside
+    root.child(16)[0].child(8)                                 # 16 devices, then 8: outside of them, or inside
 
 Windows are runs of whole nodes, and slices of one node whose size is a power of two that begin at a multiple of it
-(ReaL, Mei et al. 2024, arXiv 2406.14088, section 4). On a TPU a node is a slice, so that its windows are aligned runs.
+(ReaL, Mei et al. 2024, arXiv 2406.14088). On a TPU a node is a slice, so that its windows are aligned runs.
 
 *Symmetry*. Nodes that are joined by one network may be relabelled. Two joint placements are alike where every set of
 calls has the same number of devices and of nodes in common, and calls of one role that overlap lie at the same offset
