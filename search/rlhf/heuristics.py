@@ -82,9 +82,14 @@ def _best(evaluate: Evaluate, ways: Collection[Mapping[int, Window]]) -> Assignm
 
 
 def _fastest(problem: Problem, windows: Mapping[int, Window]) -> tuple[Place, ...] | None:
-    """Every call at the fastest option that fits on its window by itself; else the one that needs least."""
+    """Every call at the fastest option that fits on its window by itself; else the one that needs least.
+
+    None where a window has no options, or a size that is left out of the search.
+    """
     out = []
     for call in range(problem.count):
+        if windows[call].devices not in problem.grid.sizes:
+            return None
         options = problem.choices(call, windows[call].devices)
         if not options:
             return None
@@ -104,19 +109,18 @@ def _like(
     problem = evaluate.problem
     whole = Window(0, problem.grid.devices)
     windows = {call: windows.get(call, whole) for call in range(problem.count)}
+    places = _fastest(problem, windows)
+    if places is None:
+        return None
     among: dict[int, tuple[Option, ...]] = {}
     for call, mesh in meshes.items():
         options = problem.choices(call, windows[call].devices)
-        if options:
-            least = min(_distance(option, mesh) for option in options)
-            among[call] = tuple(option for option in options if _distance(option, mesh) == least)
+        least = min(_distance(option, mesh) for option in options)
+        among[call] = tuple(option for option in options if _distance(option, mesh) == least)
     allowed = {call: (window,) for call, window in windows.items()}
     best = minimise(evaluate, allowed=allowed, among=among, parts=PARTS).best
     if best is not None:
         return best
-    places = _fastest(problem, windows)
-    if places is None:
-        return None
     chosen = [
         min(among.get(call, (place[1],)), key=lambda option: option.params_bytes + option.working_bytes)
         for call, place in enumerate(places)

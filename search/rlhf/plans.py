@@ -134,6 +134,7 @@ def heuristics(
     *,
     models: Mapping[str, str] | None = None,
     offload: bool = True,
+    sizes: Collection[int] | None = None,
     usable_bytes: float | None = None,
 ) -> dict[str, ExecutionPlan]:
     """Plans that people use (`search.rlhf.heuristics`): name -> the plan.
@@ -141,7 +142,7 @@ def heuristics(
     A plan that does not fit is told by its memory; one that cannot be here is left out.
     """
     models = _models(graph, models)
-    problem = Problem(graph, workload, cluster, costs, usable_bytes=usable_bytes)
+    problem = Problem(graph, workload, cluster, costs, usable_bytes=usable_bytes, sizes=sizes)
     found = placements(Evaluate(problem, offload=offload))
     return {name: execution_plan(problem, assignment, models) for name, assignment in found.items()}
 

@@ -136,6 +136,15 @@ def test_nothing_that_people_use_is_better(name, size):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(alone, 2))
 
 
+def test_sizes_that_are_left_out_are_in_no_plan():
+    found = solve(GRAPHS["grpo"](), WORKLOAD, ONE, RandomCosts(3, 1), sizes=(2, 4), usable_bytes=99.0)
+    assert found.execution is not None
+    assert {call.window.devices for call in found.execution.calls} <= {2, 4}
+    assert found.gap == 0
+    assert "colocated" not in found.execution.heuristics
+    assert "split" in found.execution.heuristics
+
+
 def test_the_plan_is_complete():
     roles = {"actor": "llama-2-7b", "reference": "llama-2-7b", "critic": "tiny", "reward": "tiny"}
     sizes = {"actor": 7e9, "reference": 7e9, "critic": 1e9, "reward": 1e9}
