@@ -1,6 +1,7 @@
 """Moves of a 1 GB tree within one process of 8 CPU devices, against plain copies of memory and `jax.device_put`.
 
     python benchmarks/reshard.py [--quick]
+    python benchmarks/reshard.py --processes          # bytes per second between two processes, no bar
 
 Bars, by medians of ratios inside one round (a round runs everything once, one after the other):
 
@@ -22,24 +23,26 @@ import json
 import math
 import os
 import platform
+import socket
 import statistics
+import subprocess
 import sys
 import time
 
-for _flag in ("--xla_force_host_platform_device_count=8",):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PJRT_NPROC", "32")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from pipelines.reshard import Reshard  # noqa: E402
-from pipelines.reshard_moving import THREADS  # noqa: E402
-from sharding_rules import FSDP, TENSOR, MeshShape, make_mesh  # noqa: E402
+from pipelines.reshard import Reshard
+from pipelines.reshard_moving import THREADS
+from sharding_rules import FSDP, TENSOR, MeshShape, make_mesh
 
 BAR_COPY, BAR_DEVICE_PUT = 0.8, 1.1
 
@@ -98,7 +101,13 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--processes", action="store_true")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child:
+        return child(*arguments.child)
+    if arguments.processes:
+        return between_processes()
     total = 2**27 if arguments.quick else 2**30
     rounds = arguments.rounds or (3 if arguments.quick else 7)
     rows, failed = [], []
@@ -174,6 +183,53 @@ def main() -> int:
     }
     print(json.dumps(result))
     return 1 if failed else 0
+
+
+def between_processes() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--child", str(i), str(port)],
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    try:
+        outputs = [child.communicate(timeout=300)[0] for child in children]
+    finally:
+        for process in children:  # SIGTERM does not end a process of jax.distributed
+            process.kill()
+            process.wait()
+    lines = [line for line in outputs[1].splitlines() if line.startswith("{")]
+    print(lines[-1] if lines else json.dumps({"benchmark": "reshard between processes", "failed": outputs}))
+    return 0 if lines else 1
+
+
+def child(process: str, port: str) -> int:
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+    devices = jax.devices()
+    shapes = [(2048, 4096)] * 16  # 256 MB in bfloat16
+    old = NamedSharding(make_mesh(MeshShape(tensor=4), devices[:4]), P(None, TENSOR))
+    rows = {}
+    for name, new in {
+        "same layout": NamedSharding(make_mesh(MeshShape(tensor=4), devices[4:]), P(None, TENSOR)),
+        "columns to rows": NamedSharding(make_mesh(MeshShape(fsdp=4), devices[4:]), P(FSDP)),
+        "to replicas": NamedSharding(make_mesh(MeshShape(data=4), devices[4:]), P()),
+    }.items():
+        for verify in (False, True):
+            tree = [jax.jit(lambda s=s: jnp.ones(s, jnp.bfloat16), out_shardings=old)() for s in shapes]
+            move = Reshard(tree, old, new, verify=verify)
+            spent = [timed(move.run, tree)[0] for _ in range(6)][1:]
+            crossing = move.predicted.crossing_bytes / 1e9
+            rows[f"{name}{', checked' if verify else ''}"] = spread([crossing / s for s in spent])
+    what = {"benchmark": "reshard between processes", "gigabytes_per_second": rows, "load_average": os.getloadavg()[0]}
+    print(json.dumps(what), flush=True)
+    os._exit(0)
 
 
 def spread(values: list[float]) -> dict[str, float]:
