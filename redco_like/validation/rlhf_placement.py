@@ -1,7 +1,7 @@
 """Where HybridFlow's roles go, by the planner's own constants (Sheng et al. 2024, arXiv 2409.19256, section 8).
 
     periods(7, 64)                                             # placement -> seconds per iteration
-    by_tensor(13, 16, offload=False)                           # tensor size of generation -> (period, generation)
+    by_tensor(13, 16, offload=False)                           # tensor size of generation -> seconds
 
 PPO of four models of one size: 1024 prompts of 1024 tokens, 1024 new tokens each, one epoch of 8 minibatches; nodes of
 8 A100-80 with NVLink, 200 Gb/s between nodes. Nothing is fitted.
@@ -36,7 +36,7 @@ class Generation:
 
     Attributes:
         period_seconds: of an iteration; inf where it does not fit.
-        seconds: of generation.
+        seconds: of generation, and of bringing the parameters for it.
         rows: sequences that are generated at a time.
     """
 
@@ -101,5 +101,9 @@ def by_tensor(billions: int, gpus: int, *, offload: bool) -> dict[int, Generatio
             out[tensor] = Generation(math.inf, math.inf, 0)
             continue
         call = plan.call("generate")
-        out[tensor] = Generation(math.inf if plan.reason else plan.period_seconds, call.seconds, call.rows)
+        moves = sum(move.seconds for move in plan.moves if move.target == call.call)
+        fits = not plan.reason
+        out[tensor] = Generation(
+            plan.period_seconds if fits else math.inf, call.seconds + moves if fits else math.inf, call.rows
+        )
     return out

@@ -358,4 +358,4 @@ def test_the_cache_decides_how_generation_is_split():
     # With two devices per replica the weights leave room for all sequences at once; with one they do not.
     found = by_tensor(7, 16, offload=True)
     assert found[1].rows < found[2].rows == WORKLOAD.sequences
-    assert min(found, key=lambda tensor: found[tensor].period_seconds) == 2
+    assert min(found, key=lambda tensor: found[tensor].seconds) == 2
