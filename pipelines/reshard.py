@@ -307,7 +307,8 @@ def _predict(schedule: Schedule, cluster: Cluster | None) -> Predicted:
             (max((n - crossing.get(d, 0)) / inside, crossing.get(d, 0) / across) for d, n in total.items()), default=0.0
         )
 
-    received = seconds(schedule.in_bytes, schedule.crossing_in_bytes)
+    crossing = schedule.crossing_in_bytes
+    received = seconds(schedule.in_bytes, crossing)
     sent = seconds(schedule.out_bytes, schedule.crossing_out_bytes)
     lacking = sum(
         math.prod(m.target.shard_shape(m.shape)) * m.dtype.itemsize * len(m.target.device_set) for m in schedule.moves
@@ -316,9 +317,11 @@ def _predict(schedule: Schedule, cluster: Cluster | None) -> Predicted:
         seconds=max(received, sent),
         sent_bytes=schedule.sent_bytes,
         lower_bound_bytes=lacking - schedule.kept_bytes,
-        crossing_bytes=sum(schedule.crossing_in_bytes.values()),
+        crossing_bytes=sum(crossing.values()),
         kept_bytes=schedule.kept_bytes,
         in_bytes={d.id: n for d, n in schedule.in_bytes.items()},
         out_bytes={d.id: n for d, n in schedule.out_bytes.items()},
-        bound_seconds=max((n / (inside + across) for n in schedule.in_bytes.values()), default=0.0),
+        bound_seconds=max(
+            (n / (inside + (across if crossing.get(d) else 0.0)) for d, n in schedule.in_bytes.items()), default=0.0
+        ),
     )
