@@ -27,16 +27,17 @@ def main():
     print(f"before:  {sorting.share_right(model, params):.1%} right of 200 questions that are never trained on")
     for number in range(1, arguments.rounds + 1):
         pairs, _ = sorting.preference_pairs(model, params, seed=number, count=arguments.questions)
+        steps = max(len(pairs) // 32, 1)
         trainer = rlhf.RLTrainer(
             deployer,
             model,
             params,
             algorithm=rlhf.DPO(beta=1.0),
             collate_fn=sorting.collate_pairs,
-            optimizer=sorting.adam(3e-4),
+            optimizer=sorting.adam(3e-4, steps=steps),
             name=f"round{number}",
         )
-        result = trainer.fit(pairs, iterations=max(len(pairs) // 32, 1), prompts_per_iteration=min(32, len(pairs)))
+        result = trainer.fit(pairs, iterations=steps, prompts_per_iteration=min(32, len(pairs)))
         params = trainer.params
         words = f"{len(pairs)} pairs, accuracy {result.metrics['accuracy']:.2f}, margin {result.metrics['margin']:.2f}"
         print(f"round {number}: {words}; then {sorting.share_right(model, params):.1%} right")

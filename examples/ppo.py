@@ -1,6 +1,6 @@
 """PPO: a model that seldom sorts learns to, with a critic that says what each token was worth.
 
-    python examples/ppo.py [--iterations 60] [--steps 400]
+    python examples/ppo.py [--iterations 40] [--steps 400]
 
 The task and the model to start from are in sorting.py. Each of the 256 completions of an iteration gets 1 or 0, and a
 penalty for what the fine-tuned model would not write, whose coefficient is steered to 3 nats per completion.
@@ -23,7 +23,7 @@ def metrics_fn(completions):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--steps", type=int, default=400, help="of supervised fine-tuning before")
     arguments = parser.parse_args()
     shutil.rmtree("runs/ppo", ignore_errors=True)

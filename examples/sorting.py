@@ -57,9 +57,14 @@ def demonstrations(seed, count):
     return pairs
 
 
-def adam(rate, *, warm=10):
-    """Adam as reinforcement learning likes it: small first steps, clipped gradients, a short memory of squares."""
+def adam(rate, *, warm=10, steps=None):
+    """Adam as reinforcement learning likes it: small first steps, clipped gradients, a short memory of squares.
+
+    With `steps` the rate falls to 0 by then.
+    """
     schedule = optax.linear_schedule(rate / 10, rate, warm)
+    if steps is not None:
+        schedule = optax.warmup_cosine_decay_schedule(rate / 10, rate, min(warm, steps // 2), max(steps, 2))
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
 
 
@@ -103,7 +108,7 @@ def preference_pairs(model, params, *, seed, count):
         good = [text for text in texts if text == right(question) + ";"]
         bad = [text for text in texts if text != right(question) + ";"]
         rewards.append(len(good) / len(texts))
-        pairs += [(question, good[0], text) for text in bad[:2] if good]
+        pairs += [(question, good[i % len(good)], text) for i, text in enumerate(bad[:4]) if good]
     return pairs, float(np.mean(rewards))
 
 
