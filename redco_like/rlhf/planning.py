@@ -193,3 +193,14 @@ def _decode_plan(problem: Problem, call: Call, devices: Sequence[Any]) -> Plan:
         mesh = MeshShape(data=len(devices))
         return Plan(mesh, "data", compute_dtype=dtype, reason="data alone goes across processes")
     return plan
+
+
+def words(execution: ExecutionPlan) -> str:
+    """One line per call: where it runs, and how."""
+    lines = [
+        f"{plan.call}: devices {plan.window}, {plan.plan.preset} on mesh {plan.plan.mesh}"
+        + (f", {plan.plan.microbatches} microbatches" if plan.plan.microbatches > 1 else "")
+        for plan in execution.calls
+    ]
+    rest = f"; offloaded between calls: {', '.join(execution.offloaded)}" if execution.offloaded else ""
+    return f"execution plan ({execution.reason or execution.cluster}){rest}\n  " + "\n  ".join(lines)

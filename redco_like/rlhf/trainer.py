@@ -25,42 +25,26 @@ from jax.experimental import multihost_utils
 
 from pipelines.functions import argument_names
 from pipelines.generation import SamplingParams
-from pipelines.rlhf import HostStep, Outcome, Runner
+from pipelines.rlhf import Outcome, Runner
 from redco_like.checkpoint import CheckpointStore
 from redco_like.deployer import Deployer
 from redco_like.launch import within_deadline
 from redco_like.metrics import MetricsLog, Progress, Writer
 from redco_like.models.model import Model
-from redco_like.rlhf.algorithm import Algorithm, Examples, Pairs, Rollout
-from redco_like.rlhf.building import EXPERIENCE, PARTS, SEQUENCES, Member, Problem, build_steps
+from redco_like.rlhf.algorithm import Algorithm, Examples, Pairs
+from redco_like.rlhf.between import Between
+from redco_like.rlhf.building import PARTS, SEQUENCES, Member, Problem, build_steps
 from redco_like.rlhf.generation import GenerateStep
-from redco_like.rlhf.heads import init_head
-from redco_like.rlhf.planning import resolve_execution
+from redco_like.rlhf.members import members_of, optimizers_of
+from redco_like.rlhf.planning import resolve_execution, words
 from redco_like.rlhf.prompts import PromptOrder, Row, check_lengths, longest, rows_of
 from redco_like.rlhf.report import iteration_metrics
-from redco_like.rlhf.rewards import METRICS_ARGUMENTS, REWARD_ARGUMENTS, Written, call_metrics, call_rewards
+from redco_like.rlhf.rewards import METRICS_ARGUMENTS, REWARD_ARGUMENTS, call_metrics
+from redco_like.rlhf.run import RLResult, Run
 from redco_like.rlhf.samples import SamplePage, pick, sample_table
 from redco_like.watch import NonFiniteError, StopRequest, announced
 from search.rlhf import ExecutionPlan, Graph, Workload
 from sharding_rules import PlanError
-
-HEADS = ("critic", "reward")
-"""Roles whose models have a value head in place of the one that makes logits."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RLResult:
-    """How a call of `fit` ended.
-
-    Attributes:
-        iteration: iterations done in all.
-        metrics: of the last one of this call; empty if it had nothing to do.
-        ended: "finished", or why the run stopped early.
-    """
-
-    iteration: int
-    metrics: dict[str, float]
-    ended: str
 
 
 class RLTrainer:
@@ -140,8 +124,8 @@ class RLTrainer:
         self._plan_wanted, self._rows, self._eos = plan, rows, tuple(int(t) for t in eos)
         given = dict(roles or {})
         given |= {role: pair for role, pair in (("critic", critic), ("reward", reward_model)) if pair is not None}
-        self.members = _members(self.graph, model, params, given, deployer.rng(f"{name}/heads"))
-        self._optimizers = _optimizers(self.graph, optimizer)
+        self.members = members_of(self.graph, model, params, given, deployer.rng(f"{name}/heads"))
+        self._optimizers = optimizers_of(self.graph, optimizer)
         self._keep, self._writers, self._deadline = keep_checkpoints, tuple(writers), deadline_seconds
         if samples_every is not None and (isinstance(samples_every, bool) or samples_every < 1):
             raise ValueError(f"samples_every={samples_every!r}; a whole number from 1 up, or None")
@@ -150,9 +134,8 @@ class RLTrainer:
         self._seed = zlib.crc32(f"{deployer.seed}/{name}".encode()) % 2**31
         self.iteration = 0
         self._algorithm_state: dict[str, float] = dict(algorithm.start())
-        self._next_state = dict(self._algorithm_state)
         self._runner: Runner | None = None
-        self._problem: Problem | None = None
+        self._between: Between | None = None
         self._store: CheckpointStore | None = None
         self._saved: int | None = None
         self._may_resume = True
@@ -235,7 +218,14 @@ class RLTrainer:
             raise ValueError("prompts is empty: there is nothing to learn from")
         each = min(16, len(prompts)) if prompts_per_iteration is None else prompts_per_iteration
         sampling = self._sampling(sampling)
-        workload = self._workload(prompts, each, sampling, prompt_tokens, length)
+        parts = PARTS[self.graph.inputs[0]]
+        if prompt_tokens is None or (parts > 1 and length is None):
+            with announced(f"{self.name}: looking for the longest of {len(prompts)} prompts", self._deployer.logger):
+                most = longest(prompts, self._collate_fn, parts)
+            prompt_tokens, length = prompt_tokens or most[0], length or most[1]
+        new = sampling.max_tokens if parts == 1 else max((length or 0) - prompt_tokens, 1)
+        a = self.algorithm
+        workload = Workload(each, prompt_tokens, new, samples=a.samples, minibatches=a.minibatches, epochs=a.epochs)
         store = self._open_store()
         found = store.latest_step() if store is not None and resume and self._may_resume else None
         data_state = store.metadata(found)["data_state"] if store is not None and found is not None else {}
@@ -246,7 +236,7 @@ class RLTrainer:
                 f"checkpoint {found} in {self.folder} was written with other data: {'; '.join(differences)}. Give the "
                 "same, or resume=False to start anew"
             )
-        run = _Run(prompts, order, workload, start, start + iterations, checkpoint_every, store)
+        run = Run(prompts, order, workload, start, start + iterations, checkpoint_every, store)
         _ = self._inputs(run, (self.iteration if found is None else found) + 1)  # what is wrong with it shows first
         self._prepare(workload, sampling)
         if store is not None and found is not None:
@@ -282,20 +272,6 @@ class RLTrainer:
             )
         return dataclasses.replace(sampling, n=samples)
 
-    def _workload(
-        self, prompts: Sequence[Any], each: int, sampling: SamplingParams, prompt_tokens: int | None, length: int | None
-    ) -> Workload:
-        parts = PARTS[self.graph.inputs[0]]
-        most = prompt_tokens, length
-        if prompt_tokens is None or (parts > 1 and length is None):
-            with announced(f"{self.name}: looking for the longest of {len(prompts)} prompts", self._deployer.logger):
-                most = longest(prompts, self._collate_fn, parts)
-        prompt = most[0] if prompt_tokens is None else prompt_tokens
-        whole = most[1] if length is None else length
-        new = sampling.max_tokens if parts == 1 else max((whole or 0) - (prompt or 0), 1)
-        a = self.algorithm
-        return Workload(each, prompt or 1, new, samples=a.samples, minibatches=a.minibatches, epochs=a.epochs)
-
     def _prepare(self, workload: Workload, sampling: SamplingParams) -> None:
         """Make the runner for this form of data, with the roles as they are."""
         problem = Problem(
@@ -308,24 +284,26 @@ class RLTrainer:
             eos=self._eos,
             rows=self._rows,
         )
-        if self._runner is not None and self._problem is not None and workload == self._problem.workload:
+        if self._runner is not None and self._between is not None and workload == self._between.problem.workload:
             for step in self._runner.steps.values():
                 if isinstance(step, GenerateStep):
                     step.sampling = sampling
-            self._problem = problem
+            self._between.problem = problem
             return
-        runner = self._runner_of(problem, self._plan_wanted)
+        between = Between(problem, self._reward_fn, self._decode_fn)
+        runner = self._runner_of(problem, between, self._plan_wanted)
         if self._runner is not None:
             runner.set_state(self._runner.state)
             self._runner.close()
         # What the roles began as is theirs to keep, in the layout of their homes.
         self.members = {role: Member(member.model, member.forms) for role, member in self.members.items()}
-        self._runner, self._problem, execution = runner, problem, runner.execution
-        self._deployer.logger.info("%s: %s", self.name, _words(execution))
+        between.problem = dataclasses.replace(problem, members=self.members)
+        self._runner, self._between, execution = runner, between, runner.execution
+        self._deployer.logger.info("%s: %s", self.name, words(execution))
         if self.folder is not None and self._deployer.is_first:
             execution.save(self.folder / "execution.json")
 
-    def _runner_of(self, problem: Problem, wanted: ExecutionPlan | str | pathlib.Path) -> Runner:
+    def _runner_of(self, problem: Problem, between: Between, wanted: ExecutionPlan | str | pathlib.Path) -> Runner:
         devices, log = self._deployer.devices, self._deployer.logger
         with announced(f"{self.name}: planning", log):
             execution = resolve_execution(wanted, problem, devices, tell=log.debug, together=self._together)
@@ -336,7 +314,7 @@ class RLTrainer:
                 raise
             why = "; ".join([str(error), *getattr(error, "__notes__", ())])
             log.warning("%s: the plan that was found cannot be run (%s): all calls on all devices", self.name, why)
-            return self._runner_of(problem, "colocated")
+            return self._runner_of(problem, between, "colocated")
         return Runner(
             execution,
             steps,
@@ -344,7 +322,7 @@ class RLTrainer:
                 role: self.members[role].params if self._runner is None else self._runner.params(role)
                 for role in self.graph.roles
             },
-            hosts=self._hosts(),
+            hosts=between.steps(),
             devices=devices,
             seed=self._seed,
             together=self._together,
@@ -354,65 +332,13 @@ class RLTrainer:
     def _together(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         return within_deadline(what, self._deadline, function, *args)
 
-    def _hosts(self) -> list[HostStep]:
-        hosts = []
-        known: tuple[str, ...] = (SEQUENCES, *self._scored)
-        if self.graph.inputs == ("prompts",):
-            completions, logprobs = next(call.writes for call in self.graph.calls if call.kind == "generate")
-            hosts.append(HostStep("rollout", (completions, logprobs), ("record", SEQUENCES), self._rollout))
-            known = ("record", *known)
-            if self._reward_fn is not None:
-                hosts.append(HostStep("reward_fn", (completions,), ("rewards",), self._rewards, "first"))
-                known = (*known, "rewards")
-        hosts.append(HostStep("experience", known, (EXPERIENCE, "made"), self._experience))
-        return hosts
-
     @property
-    def _scored(self) -> list[str]:
-        """Names of what score calls write."""
-        return [name for call in self.graph.calls if call.kind == "score" for name in call.writes]
-
-    def _rollout(self, data: Mapping[str, Any], iteration: int) -> dict[str, Any]:
-        del iteration
-        workload = self._the_problem.workload
-        call = next(call for call in self.graph.calls if call.kind == "generate")
-        completions, logprobs = (data[name] for name in call.writes)
-        record = Rollout.of(
-            data["prompts"], completions, width=workload.length, samples=workload.samples, logprobs=logprobs
-        )
-        return {"record": record, SEQUENCES: record.batch()}
-
-    def _rewards(self, data: Mapping[str, Any], iteration: int) -> dict[str, Any]:
-        written = self._written(data)
-        return {"rewards": call_rewards(self._reward_fn, written, picked=data["picked"], iteration=iteration)}
-
-    def _experience(self, data: Mapping[str, Any], iteration: int) -> dict[str, Any]:
-        del iteration
-        record = data["record"]
-        for name in (*self._scored, *(["rewards"] if self._reward_fn is not None else [])):
-            record = record.scored(name, data[name])
-        made = self.algorithm.experience(record, self._next_state)
-        self._next_state = dict(made.state)  # the next iteration may come here before this one is finished
-        return {EXPERIENCE: made.batch, "made": made}
-
-    def _written(self, data: Mapping[str, Any]) -> Written:
-        call = next(call for call in self.graph.calls if call.kind == "generate")
-        sampling = self._the_problem.sampling
-        return Written.of(
-            data["objects"],
-            data[call.writes[0]],
-            samples=sampling.n,
-            decode_fn=self._decode_fn,
-            eos=self._eos if sampling.eos is None else sampling.eos,
-        )
-
-    @property
-    def _the_problem(self) -> Problem:
-        if self._problem is None:
+    def _the_between(self) -> Between:
+        if self._between is None:
             raise ValueError(f"trainer {self.name!r} has seen no prompts yet: call fit first")
-        return self._problem
+        return self._between
 
-    def _inputs(self, run: _Run, iteration: int) -> dict[str, Any]:
+    def _inputs(self, run: Run, iteration: int) -> dict[str, Any]:
         """An iteration's data from outside."""
         picked = run.order.picked(iteration - run.start).tolist()
         objects = [run.prompts[i] for i in picked]
@@ -426,10 +352,10 @@ class RLTrainer:
         record = kind.of(rows, width=workload.length)  # pyright: ignore[reportArgumentType]
         return {**data, name: rows, "record": record, SEQUENCES: record.batch()}
 
-    def _run(self, run: _Run, log: MetricsLog, progress: Progress, request: StopRequest) -> RLResult:
-        runner, metrics, ended = self.runner, dict[str, float](), ""
+    def _run(self, run: Run, log: MetricsLog, progress: Progress, request: StopRequest) -> RLResult:
+        runner, between, metrics, ended = self.runner, self._the_between, dict[str, float](), ""
         begun = self.iteration
-        self._next_state = dict(self._algorithm_state)
+        between.state = dict(self._algorithm_state)
         while self.iteration < run.end and not ended:
             number = self.iteration + 1
             try:
@@ -465,7 +391,7 @@ class RLTrainer:
             self._deployer.logger.warning("%s: stopped after iteration %d: %s", self.name, self.iteration, ended)
         return RLResult(self.iteration, metrics, ended or "finished")
 
-    def _look_ahead(self, run: _Run, number: int) -> bool:
+    def _look_ahead(self, run: Run, number: int) -> bool:
         """Begin the next iteration already, where its calls could overlap with this one's; not if this one is saved."""
         windows = [plan.window for plan in self.execution.calls]
         apart = any(not a.overlaps(b) for a in windows for b in windows)
@@ -481,9 +407,11 @@ class RLTrainer:
 
     def _metrics(self, outcome: Outcome) -> dict[str, float]:
         made = outcome.data["made"]
-        values = iteration_metrics(self.graph, self._the_problem.workload, outcome) | dict(made.metrics)
+        values = iteration_metrics(self.graph, self._the_between.problem.workload, outcome) | dict(made.metrics)
         if self._metrics_fn is not None:
-            values |= call_metrics(self._metrics_fn, self._written(outcome.data), np.asarray(outcome.data["rewards"]))
+            values |= call_metrics(
+                self._metrics_fn, self._the_between.written(outcome.data), np.asarray(outcome.data["rewards"])
+            )
         return values
 
     def _show(self, outcome: Outcome, number: int) -> None:
@@ -495,14 +423,14 @@ class RLTrainer:
             return
         if self._page is None and self.folder is not None:
             self._page = SamplePage(self.folder / "samples.html", title=f"Completions of {self.name}")
-        written, rewards = self._written(outcome.data), np.asarray(outcome.data["rewards"]).tolist()
+        written, rewards = self._the_between.written(outcome.data), np.asarray(outcome.data["rewards"]).tolist()
         given = written.prompts, written.completions, rewards, [len(row) for row in written.tokens]
         mean, table = float(np.mean(rewards)), sample_table(pick(*given, count=4))
         self._deployer.logger.info("%s: iteration %d, reward %.4g\n%s", self.name, number, mean, table)
         if self._page is not None:
             self._page.add(number, pick(*given, count=8), reward=mean)
 
-    def _rescue(self, run: _Run) -> None:
+    def _rescue(self, run: Run) -> None:
         """Something failed: keep the iterations that were finished, if none was begun to be trained since."""
         alone = jax.process_count() > 1 and not self.runner.failed_together
         if run.store is None or self.iteration in (0, self._saved) or self.runner.changed or alone:
@@ -529,7 +457,7 @@ class RLTrainer:
             self._store = CheckpointStore(self.folder / "checkpoints", keep=self._keep)
         return self._store
 
-    def _save(self, store: CheckpointStore, run: _Run) -> None:
+    def _save(self, store: CheckpointStore, run: Run) -> None:
         where = {"started_at": run.start, "order": run.order.state(), "algorithm": self._algorithm_state}
         plan = self.execution.to_json()
         store.save(self.iteration, {"roles": self.runner.state}, plan_json=plan, data_state=where)
@@ -541,71 +469,3 @@ class RLTrainer:
         self.iteration = self._saved = step
         self._algorithm_state = {name: float(value) for name, value in data_state["algorithm"].items()}
         self._deployer.logger.info("%s: going on from the checkpoint of iteration %d", self.name, step)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """One call of `fit`: iterations `start + 1` to `end`."""
-
-    prompts: Sequence[Any]
-    order: PromptOrder
-    workload: Workload
-    start: int
-    end: int
-    checkpoint_every: int | None
-    store: CheckpointStore | None
-
-    def saves(self, number: int) -> bool:
-        """Whether a checkpoint is due after an iteration."""
-        if self.store is None:
-            return False
-        every = self.checkpoint_every
-        return number == self.end or (every is not None and (number - self.start) % every == 0)
-
-
-def _members(
-    graph: Graph, model: Model, params: Any, given: Mapping[str, tuple[Model, Any]], rng: jax.Array
-) -> dict[str, Member]:
-    """Every role's model and parameters."""
-    if unknown := sorted(set(given) - set(graph.roles)):
-        raise ValueError(f"there is no role {unknown[0]!r} in graph {graph.name!r}; it has {', '.join(graph.roles)}")
-    members = {}
-    for i, role in enumerate(graph.roles):
-        if role in given:
-            members[role] = Member(*given[role])
-        elif role in HEADS and "head" not in _names(params, "model"):
-            members[role] = Member(model, init_head(model, jax.random.fold_in(rng, i), params))
-        else:
-            members[role] = Member(model, params)
-    return members
-
-
-def _names(params: Any, needed: str) -> set[str]:
-    """Top names of parameters with a value head; none of those without."""
-    return set(params) if isinstance(params, Mapping) and needed in params else set()
-
-
-def _optimizers(
-    graph: Graph, optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation] | None
-) -> dict[str, optax.GradientTransformation]:
-    trained = [role for role in graph.roles if graph.trains(role) is not None]
-    if optimizer is None:
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-5))
-    if not isinstance(optimizer, Mapping):
-        if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-            raise ValueError(f"optimizer is a {type(optimizer).__name__}; it must be an optax transformation")
-        return dict.fromkeys(trained, optimizer)
-    if missing := [role for role in trained if role not in optimizer]:
-        raise ValueError(f"role {missing[0]!r} is trained and has no optimizer; there are {', '.join(optimizer)}")
-    return dict(optimizer)
-
-
-def _words(execution: ExecutionPlan) -> str:
-    """One line per call: where it runs, and how."""
-    lines = [
-        f"{plan.call}: devices {plan.window}, {plan.plan.preset} on mesh {plan.plan.mesh}"
-        + (f", {plan.plan.microbatches} microbatches" if plan.plan.microbatches > 1 else "")
-        for plan in execution.calls
-    ]
-    rest = f"; offloaded between calls: {', '.join(execution.offloaded)}" if execution.offloaded else ""
-    return f"execution plan ({execution.reason or execution.cluster}){rest}\n  " + "\n  ".join(lines)
