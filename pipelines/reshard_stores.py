@@ -182,11 +182,12 @@ class HostStore(_Shards):
         return part if part.flags.c_contiguous else None
 
     def finish(self, leaf: int) -> jax.Array:
-        parts = {}
-        for device in self.mine(leaf):
-            kept = self.old(leaf)[device] if self.stays(leaf, device) else None
-            # XLA takes the buffer over; where it did not, the copy is of one shard.
-            parts[device] = kept if isinstance(kept, jax.Array) else jax.device_put(self._part(leaf, device), device)
+        mine = self.mine(leaf)
+        old = {d: self.old(leaf)[d] for d in mine if self.stays(leaf, d)}
+        parts = {d: shard for d, shard in old.items() if isinstance(shard, jax.Array)}
+        new = [d for d in mine if d not in parts]
+        # XLA takes the buffers over; where it did not, the copies are of one leaf.
+        parts |= zip(new, jax.device_put([self._part(leaf, d) for d in new], new), strict=True)
         made = self.assemble(leaf, parts)
         with self._store_lock:
             self._views.pop(leaf, None)
