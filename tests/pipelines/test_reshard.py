@@ -193,9 +193,7 @@ def test_a_move_can_be_repeated():
         np.testing.assert_array_equal(move.run({"x": x})["x"], np.full((8, 4), i))
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", "bfloat16", "bool", "float8_e4m3fn", "complex64", "int4"]
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "float8_e4m3fn", "complex64", "int4"])
 def test_checksums_of_parts_add_up_and_see_changes(dtype):
     rng = np.random.default_rng(1)
     numbers = rng.integers(0, 2, size=(6, 8))
