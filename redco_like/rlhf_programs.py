@@ -30,12 +30,12 @@ from redco_like.rlhf.building import Member, Problem
 from redco_like.rlhf.dpo import DPO
 from redco_like.rlhf.grpo import GRPO
 from redco_like.rlhf.heads import init_head
+from redco_like.rlhf.members import HEADS
 from redco_like.rlhf.policy import score_logprobs
 from redco_like.rlhf.ppo import PPO
 from redco_like.rlhf.reward_model import RewardModel
 from redco_like.rlhf.rloo import RLOO
 from redco_like.rlhf.sft import SFT
-from redco_like.rlhf.trainer import HEADS
 from search import Plan
 from search.rlhf import CallPlan, ExecutionPlan, Graph
 
