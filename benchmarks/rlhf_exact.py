@@ -1,7 +1,7 @@
 """Is the search over execution plans exact, how far does its proof reach, and does ReaL's MCMC ever beat it?
 
-    python benchmarks/rlhf_exact.py            about half an hour on 2 cores, no extra needed
-    python benchmarks/rlhf_exact.py --quick    about 4 minutes: without the 1.1e8 plans, fewer clusters
+    python benchmarks/rlhf_exact.py            about a quarter of an hour on 2 quiet cores, no extra needed
+    python benchmarks/rlhf_exact.py --quick    about 3 minutes: without the 1.1e8 plans, fewer clusters
 
 Bars:
 - one node of 8 devices, PPO with 22 places per call: the search finds the period that is the least of all 22^6 =
