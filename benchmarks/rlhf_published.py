@@ -30,7 +30,8 @@ import time
 
 import numpy as np
 
-from redco_like.validation.rlhf import Point, Software, fit_software, read_points
+from redco_like.validation.rlhf import Point, fit_software, read_points
+from search.rlhf.forward import Dispatch
 
 FITTED = ((7, 7, 8), (13, 7, 16))
 ERROR_BAR = 0.15
@@ -75,7 +76,7 @@ def main() -> int:
     return 0 if all(bar["met"] for bar in bars.values()) else 1
 
 
-def _row(point: Point, software: Software, time_limit: float) -> dict:
+def _row(point: Point, software: Dispatch, time_limit: float) -> dict:
     case = point.case
     heuristic = case.heuristic_seconds(software)
     row = {

@@ -7,8 +7,8 @@
 The runs are those of ReaL (Mei et al. 2024, arXiv 2406.14088): PPO of Llama-like models on nodes of 8 A800, fp16, four
 minibatches, gradient checkpointing. *ReaL-Heuristic* runs all six calls on the whole cluster, tensor 8, as many stages
 as nodes, data 1. Its software dispatches every operation from Python: a step of decoding takes as long as that takes,
-whatever the devices. `Software` has what this costs; it belongs to that system, and no default of the planner comes
-from it.
+whatever the devices. `Dispatch` has what this costs; its two numbers belong to that system, and no default of
+the planner comes from them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from redco_like.rlhf_problem import call_costs
 from search import Cluster, parse_cluster
 from search.efficiency import Efficiency
 from search.rlhf.costs import CallCosts, Constraint
+from search.rlhf.forward import Dispatch
 from search.rlhf.graph import GRAPHS, Workload
 from search.rlhf.options import Option, Window
 from search.rlhf.plans import Found, solve
@@ -105,32 +106,14 @@ def llama(billions: int) -> ModelConfig:
     return architecture(f"llama-2-{billions}b")
 
 
-@dataclasses.dataclass(frozen=True)
-class Software:
-    """What a system takes besides what its devices attain.
-
-    Attributes:
-        operation_seconds: to dispatch one operation.
-        collective_seconds: to dispatch one collective.
-    """
-
-    operation_seconds: float
-    collective_seconds: float
-
-    def cluster(self, gpus: int) -> Cluster:
-        """Nodes of the system, with what its operations and collectives take to start."""
-        found = parse_cluster(f"{gpus // PER_NODE}x{PER_NODE}x{ACCELERATOR}")
-        accelerator = dataclasses.replace(found.accelerator, launch_seconds=self.collective_seconds)
-        attained = Efficiency.for_accelerator(found.accelerator, "megatron")
-        launch = tuple((kind, self.operation_seconds) for kind, _ in attained.launch_seconds)
-        attained = dataclasses.replace(attained, launch_seconds=launch)
-        return dataclasses.replace(found, accelerator=accelerator, efficiency=attained)
-
-
-PLANNER = Software(2e-6, 4.5e-5)
-"""What the planner assumes of compiled steps."""
-START = Software(2e-5, 2e-4)
+START = Dispatch(2e-5, 2e-4)
 """Where fits begin: PyTorch takes some 10 to 30 us per operation from Python, and NCCL some ten times that."""
+
+
+def cluster(gpus: int) -> Cluster:
+    """Nodes of the system."""
+    found = parse_cluster(f"{gpus // PER_NODE}x{PER_NODE}x{ACCELERATOR}")
+    return dataclasses.replace(found, efficiency=Efficiency.for_accelerator(found.accelerator, "megatron"))
 
 
 class Case:
@@ -151,7 +134,7 @@ class Case:
             self._models,
             self.graph,
             self.workload,
-            PLANNER.cluster(self.row.gpus),
+            cluster(self.row.gpus),
             dtype="float16",
             constraints=constraints,
             allow_planned=True,
@@ -170,17 +153,17 @@ class Case:
         """What ReaL searches: stages, data and tensor; it checkpoints always."""
         return self._costs({"train": Constraint({"remat": "full"}, ("fsdp",)), "score": Constraint({}, ("fsdp",))})
 
-    def space(self, software: Software) -> CallCosts:
+    def space(self, software: Dispatch) -> CallCosts:
         """Costs of every plan that the search may take."""
-        return self._space.on(software.cluster(self.row.gpus))
+        return self._space.on(dispatch=software)
 
-    def heuristic(self, software: Software) -> dict[str, Option]:
+    def heuristic(self, software: Dispatch) -> dict[str, Option]:
         """The heuristic's calls, each with its best number of microbatches.
 
         Raises:
             ValueError: a call does not fit.
         """
-        costs = self._heuristic.on(software.cluster(self.row.gpus))
+        costs = self._heuristic.on(dispatch=software)
         found = {}
         for call in self.graph.calls:
             options = costs.options(call, self.row.gpus)
@@ -189,16 +172,16 @@ class Case:
             found[call.name] = min(options, key=lambda option: option.seconds)
         return found
 
-    def heuristic_seconds(self, software: Software) -> float:
+    def heuristic_seconds(self, software: Dispatch) -> float:
         """Of an iteration: all calls have the same devices, so that they follow each other."""
         return sum(option.seconds for option in self.heuristic(software).values())
 
-    def search(self, software: Software, *, time_limit: float = 60.0) -> Found:
+    def search(self, software: Dispatch, *, time_limit: float = 60.0) -> Found:
         """Search for the best plan."""
         costs = self.space(software)
         return solve(self.graph, self.workload, costs.cluster, costs, time_limit=time_limit)
 
-    def seconds_on(self, software: Software, windows: Mapping[str, Window]) -> float:
+    def seconds_on(self, software: Dispatch, windows: Mapping[str, Window]) -> float:
         """Of an iteration whose calls have these windows, each with its fastest option."""
         costs = self.space(software)
         places = {
@@ -237,8 +220,8 @@ def read_points(folder: str | pathlib.Path) -> list[Point]:
 
 
 def fit_software(
-    points: Sequence[Point], *, start: Software = START, rounds: int = 1, time_limit: float = 20.0
-) -> Software:
+    points: Sequence[Point], *, start: Dispatch = START, rounds: int = 1, time_limit: float = 20.0
+) -> Dispatch:
     """Fit the constants of a system on some points: least squares on the logarithm of estimate over measurement.
 
     Under the heuristic every operation of decoding has its share of collectives, so that its seconds tell what both
@@ -257,7 +240,7 @@ def fit_software(
             windows.append({} if execution is None else {plan.call: plan.window for plan in execution.calls})
 
         def errors(logs: Any, windows: list[dict[str, Window]] = windows) -> list[float]:
-            software = Software(*np.exp(logs))
+            software = Dispatch(*np.exp(logs))
             out = []
             for point, places in zip(points, windows, strict=True):
                 out.append(math.log(point.case.heuristic_seconds(software) / point.heuristic_seconds))
@@ -266,5 +249,5 @@ def fit_software(
             return out
 
         best = least_squares(errors, np.log(dataclasses.astuple(found)), diff_step=0.02, max_nfev=12)
-        found = Software(*(float(x) for x in np.exp(best.x)))
+        found = Dispatch(*(float(x) for x in np.exp(best.x)))
     return found

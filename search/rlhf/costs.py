@@ -29,7 +29,7 @@ from search.cost import HOST_BYTES_PER_SECOND
 from search.efficiency import Efficiency
 from search.plan import Plan
 from search.reallocation import Leaf, ShardedTree, transfer
-from search.rlhf.forward import passes
+from search.rlhf.forward import Dispatch, passes
 from search.rlhf.generation import Generated, generation, parts_of
 from search.rlhf.graph import Call, Workload
 from search.rlhf.options import Option, Window
@@ -109,6 +109,7 @@ class CallCosts:
         share: of a device's usable memory that may be counted on; default `search.space.memory_share`.
         efficiency: constants of the cost model; default the cluster's.
         call_seconds: that every call takes besides.
+        dispatch: of hosts that dispatch operation by operation; None where steps are compiled.
         still: roles of one call, whose parameters never move.
         tell: told what is being costed.
     """
@@ -126,6 +127,7 @@ class CallCosts:
         share: float = 0.0,
         efficiency: Efficiency | None = None,
         call_seconds: float = 0.0,
+        dispatch: Dispatch | None = None,
         still: Sequence[str] = (),
         tell: Callable[[str], None] | None = None,
     ):
@@ -137,7 +139,7 @@ class CallCosts:
         self.dtype, self.param_dtype = dtype, param_dtype
         self.constraints = {kind: (constraints or {}).get(kind, Constraint()) for kind in FORBIDDEN}
         self.allow_planned, self.call_seconds = allow_planned, call_seconds
-        self.still = frozenset(still)
+        self.still, self.dispatch = frozenset(still), dispatch
         self._share = share or memory_share(cluster.accelerator)
         self._tell = tell or (lambda _: None)
         self._models: dict[Any, tuple[TracedModel, Traced]] = {}
@@ -181,12 +183,19 @@ class CallCosts:
         """Seconds of moving `nbytes` per device between a device and its host, one way."""
         return nbytes / HOST_BYTES_PER_SECOND[self.cluster.accelerator.kind]
 
-    def on(self, cluster: Cluster | None = None, *, efficiency: Efficiency | None = None) -> CallCosts:
+    def on(
+        self,
+        cluster: Cluster | None = None,
+        *,
+        efficiency: Efficiency | None = None,
+        dispatch: Dispatch | None = None,
+    ) -> CallCosts:
         """The same calls on other machines of the same kind, or with other constants; nothing is traced again."""
         other = copy.copy(self)
         other.cluster = cluster or self.cluster
         if efficiency is not None:
             other.cluster = dataclasses.replace(other.cluster, efficiency=efficiency)
+        other.dispatch = dispatch or self.dispatch
         other._known = {}
         return other
 
@@ -223,6 +232,8 @@ class CallCosts:
         work = self.workload
         steps = work.minibatches * work.epochs
         model, _ = self._model(role, "train", work.sequences // work.minibatches)
+        if self.dispatch is not None:
+            cluster = self.dispatch.cluster(cluster)
         found = training(
             model, cluster, budget_bytes=self.usable_bytes, allow_planned=self.allow_planned, **self._limits("train")
         )
@@ -244,7 +255,9 @@ class CallCosts:
         model, _ = self._model(role, "score", rows)
         out = []
         stages = self._stages("score", model, cluster.devices)
-        for one in passes(model, cluster, parts=_parts(rows), stages=stages, **self._limits("score")):
+        for one in passes(
+            model, cluster, parts=_parts(rows), stages=stages, dispatch=self.dispatch, **self._limits("score")
+        ):
             seconds_n = one.all_seconds()
             least = float("inf")
             for i in sorted(range(len(seconds_n)), key=lambda i: (seconds_n[i], one.workspace_n[i], i)):
@@ -270,12 +283,12 @@ class CallCosts:
         rows, prompts = _whole(work.sequences, cluster.devices), _whole(work.prompts, cluster.devices)
         decode, traced = self._model(role, "decode", rows)
         prefill, _ = self._model(role, "prefill", prompts)
-        limits = self._limits("generate")
+        limits = self._limits("generate") | {"uneven": True, "dispatch": self.dispatch}
         stages = self._stages("generate", decode, cluster.devices)
         parts = parts_of(stages)
-        reads = {one.key: one for one in passes(prefill, cluster, parts=parts, stages=stages, uneven=True, **limits)}
+        reads = {one.key: one for one in passes(prefill, cluster, parts=parts, stages=stages, **limits)}
         out = []
-        for one in passes(decode, cluster, parts=parts, stages=stages, uneven=True, **limits):
+        for one in passes(decode, cluster, parts=parts, stages=stages, **limits):
             if one.key in reads:
                 found = generation(one, reads[one.key], work, growth=traced.growth, budget_bytes=self.usable_bytes)
                 out += [self._generated(decode, way) for way in found]

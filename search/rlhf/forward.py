@@ -19,12 +19,46 @@ import numpy as np
 
 from search.cluster import Cluster
 from search.cost import PARAMS
-from search.placement import Columns, Floats, Placement
+from search.efficiency import Efficiency
+from search.placement import REGIONS, Columns, Floats, Placement
 from search.plan import Plan
 from search.space import Space
 from search.subcluster import part_of
 from search.traced_model import TracedModel
 from sharding_rules import STAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """What a host takes where it dispatches operations one by one instead of one compiled program; devices work
+    meanwhile, so that a pass takes as long as the slower of the two.
+
+    Attributes:
+        operation_seconds: to dispatch one operation.
+        collective_seconds: to dispatch one collective.
+    """
+
+    operation_seconds: float
+    collective_seconds: float
+
+    def cluster(self, cluster: Cluster) -> Cluster:
+        """A cluster whose operations and collectives start so much later: for what is costed as one program."""
+        attained = cluster.efficiency or Efficiency.for_accelerator(cluster.accelerator)
+        launch = tuple((kind, self.operation_seconds) for kind, _ in attained.launch_seconds)
+        accelerator = dataclasses.replace(cluster.accelerator, launch_seconds=self.collective_seconds)
+        attained = dataclasses.replace(attained, launch_seconds=launch)
+        return dataclasses.replace(cluster, accelerator=accelerator, efficiency=attained)
+
+    def seconds(self, model: TracedModel, place: Placement, fsdp: int) -> Floats:
+        """Of one part on the stages told apart; shape (stages,)."""
+        operations = model.costs.ops[0]
+        counted = operations.trips_n * (operations.kind_n != "stack")
+        host_r = self.operation_seconds * operations.by_group(counted[None])[0].sum(1)
+        sizes = place.mesh(fsdp).sizes
+        for flow in place.flows:
+            if any(sizes[axis] > 1 for axis in flow.axes):
+                host_r[REGIONS.index(flow.region)] += self.collective_seconds * flow.times(model.costs.remats[0])
+        return place.stage_weights("ends") @ host_r
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +118,7 @@ def passes(
     fix: Mapping[str, Any],
     forbid: Sequence[str],
     uneven: bool = False,
+    dispatch: Dispatch | None = None,
 ) -> Iterator[Passes]:
     """Cost a forward pass on every mesh of a cluster.
 
@@ -91,6 +126,7 @@ def passes(
         model: of a function that is only run forward, traced on all rows.
         cluster: the window.
         parts: numbers of parts to look at; of these, those into which the rows of a device split.
+        dispatch: of a host that dispatches operation by operation.
         uneven: also those into which they do not split evenly; seconds are those of the mean part.
         stages: numbers of pipeline stages to look at; of these, those that divide the layers and the devices.
         fix, forbid: of the mesh, as `search.Space` has them.
@@ -113,7 +149,7 @@ def passes(
             place = dataclasses.replace(place, stage=stage, boundary_bytes=_boundary_bytes(model, place))
             for fsdp in _fsdp(place, fix, forbid):
                 columns = Columns(np.full(len(counts), fsdp), np.zeros(len(counts), np.int64), np.array(counts))
-                yield _costed(space, here, place, columns)
+                yield _costed(space, here, place, columns, dispatch)
 
 
 def _inner(model: TracedModel, cluster: Cluster, stage: int, fix: Mapping[str, Any], forbid: Sequence[str]) -> Any:
@@ -140,8 +176,11 @@ def _fsdp(place: Placement, fix: Mapping[str, Any], forbid: Sequence[str]) -> li
     return out
 
 
-def _costed(space: Space, model: TracedModel, place: Placement, columns: Columns) -> Passes:
+def _costed(space: Space, model: TracedModel, place: Placement, columns: Columns, dispatch: Dispatch | None) -> Passes:
     passes_kn, transfer_n = model.costs.forward_seconds(place, columns)
+    if dispatch is not None:
+        host_k = dispatch.seconds(model, place, place.fsdp_sizes[int(columns.fsdp[0])])
+        passes_kn = np.maximum(passes_kn, host_k[:, None])
     stages = place.stage
     if len(passes_kn) == 1:
         through_n, slowest_n = passes_kn[0] * stages, passes_kn[0]

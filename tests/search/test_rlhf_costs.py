@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from redco_like.models import architecture
 from redco_like.problem import load_problem
 from redco_like.rlhf_problem import call_costs
-from redco_like.validation.rlhf import Software, llama, read_points
+from redco_like.validation.rlhf import llama, read_points
 from redco_like.validation.rlhf_placement import WORKLOAD, by_tensor
 from search import Space, TracedModel, estimate_plan, parse_cluster, solve
 from search.rlhf import GRAPHS, Call, Window, Workload
 from search.rlhf.costs import Constraint
+from search.rlhf.forward import Dispatch
 from search.subcluster import part_of
 
 SMALL = dataclasses.replace(
@@ -144,6 +145,21 @@ def test_constants_of_a_system_change_its_seconds_and_no_other_system():
     split = [o for o in other.options(GENERATE, 8) if o.plan.mesh.tensor > 1]
     assert all(option.seconds > 32 * 2 * SMALL.layers * 1e-3 for option in split)
     assert fastest(mine.options(GENERATE, 8)).seconds == before
+
+
+def test_a_host_that_dispatches_slowly_sets_the_time_of_a_token_and_a_quick_one_does_not():
+    mine = costs()
+    quick, slow = (mine.on(dispatch=Dispatch(seconds, seconds)) for seconds in (1e-12, 1e-3))
+    for call in (GENERATE, SCORE):
+        assert fastest(quick.options(call, 4)).seconds == fastest(mine.options(call, 4)).seconds
+    token = {}
+    for tensor in (1, 2):
+        fixed = costs(generate=Constraint({"tensor": tensor, "stage": 1})).on(dispatch=Dispatch(1e-3, 1e-3))
+        token[tensor] = fastest(fixed.options(GENERATE, 4)).parts["token"]
+    # Collectives are dispatched too: two per layer, and the embedding's.
+    assert token[1] > 20 * SMALL.layers * 1e-3
+    assert token[2] - token[1] == pytest.approx((2 * SMALL.layers + 1) * 1e-3)
+    assert fastest(slow.options(TRAIN, 4)).seconds > fastest(mine.options(TRAIN, 4)).seconds
 
 
 # Memory.
@@ -307,7 +323,7 @@ def test_a_call_of_a_role_without_a_model_is_refused():
 
 # Published iterations: constants as benchmarks/rlhf_published.py fits them, on groups that are not these.
 
-SOFTWARE = Software(operation_seconds=30e-6, collective_seconds=270e-6)
+SOFTWARE = Dispatch(operation_seconds=30e-6, collective_seconds=270e-6)
 
 
 @functools.cache
