@@ -13,6 +13,7 @@ parameters alone. Only the call that trains may consume the home, and by then no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pipelines.problem import cast_floats
 from pipelines.reshard import Reshard
 from pipelines.reshard_host import HostTree, from_host, to_host
 from pipelines.rlhf.steps import keyed, plain
@@ -54,6 +56,7 @@ class Roles:
         self._how = {"verify": verify, "deadline_seconds": deadline_seconds}
         self._lent: dict[str, Any] = {}
         self._moves: dict[Any, Reshard] = {}
+        self._casts: dict[Any, Any] = {}
         self._lock = threading.Lock()
         for role in offloaded:
             self._homes[role] = OnHost.of(self._homes[role])
@@ -78,14 +81,20 @@ class Roles:
         """Whether a role's parameters lie at home as a call wants them, so that they are used where they are."""
         return role not in self._offloaded and alike(params_of(self._forms[role]), shardings)
 
-    def lend(self, role: str, call: str, shardings: Any) -> None:
-        """Bring a role's parameters to where a call wants them; arrays that are there are not copied."""
+    def lend(self, role: str, call: str, shardings: Any, dtype: str | None = None) -> None:
+        """Bring a role's parameters to where a call wants them; arrays that are there are not copied.
+
+        Args:
+            dtype: that the call computes in: what is stored in a wider one is sent, and lies there, in this one.
+        """
         with self._lock:
             home = self._homes[role]
         if isinstance(home, OnHost):
-            moved = from_host(home.params, shardings, **self._how)
+            moved = self._narrowed((role, call), from_host(home.params, shardings, **self._how), dtype)
+        elif self.same_layout(role, shardings):
+            moved = params_of(home)
         else:
-            moved = self.moved((role, call), params_of(home), shardings)
+            moved = self.moved((role, call), self._narrowed((role, call), params_of(home), dtype), shardings)
         with self._lock:
             self._lent[call] = moved
 
@@ -119,10 +128,24 @@ class Roles:
             self._moves[key] = Reshard(forms, sources, shardings, **self._how)
         return self._moves[key].run(tree)
 
+    def _narrowed(self, key: Any, tree: Any, dtype: str | None) -> Any:
+        """A tree with its wider floats in a dtype, where they are."""
+        if dtype is None or all(
+            x.dtype == cast.dtype for x, cast in _pairs(tree, cast_floats(abstract_of(tree), dtype))
+        ):
+            return tree
+        if key not in self._casts:
+            self._casts[key] = jax.jit(functools.partial(cast_floats, dtype=dtype))
+        return self._casts[key](tree)
+
     @property
     def predicted(self) -> dict[tuple[str, str], Any]:
         """(role, call) -> what its move is expected to take, of those that were made."""
         return {key: move.predicted for key, move in self._moves.items() if isinstance(key, tuple) and len(key) == 2}
+
+
+def _pairs(one: Any, other: Any) -> Any:
+    return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
 
 
 def params_of(home: Any) -> Any:

@@ -377,7 +377,7 @@ class Runner:
         both = here if offloaded else here | _numbers(home)
         if self._several:  # all processes take part in a move, and one at a time
             both = frozenset(range(len(self._devices)))
-        lend = Task(name, both, lambda: roles.lend(role, call.name, step.param_shardings))
+        lend = Task(name, both, lambda: roles.lend(role, call.name, step.param_shardings, step.compute_dtype))
         return [("onload" if offloaded else "reallocate", lend)], []
 
     def _if_here(self, call: Call, run: Callable[[], None]) -> Callable[[], None] | None:

@@ -54,6 +54,8 @@ class Step(Protocol):
     mesh: Mesh
     param_shardings: Any
     """Where the parameters lie that `run` is given."""
+    compute_dtype: str | None
+    """What `run` casts them to; they may come so. None: they come as they are stored."""
 
     def run(self, params: Any, data: Mapping[str, Any], iteration: int) -> Done:
         """Do the call; `params` is the whole state of a role that is trained here.
@@ -115,6 +117,7 @@ class ScoreStep:
         if rows % plan.microbatches:
             raise ValueError(f"{rows} sequences do not split into {plan.microbatches} microbatches")
         self._rows = rows // plan.microbatches
+        self.compute_dtype: str | None = plan.compute_dtype
         part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self._rows, *x.shape[1:]), x.dtype), abstract_batch)
         self._program = build_predict_program(pred_fn, _forms(abstract_params), part, plan, mesh)
         self.param_shardings = self._program.param_shardings
@@ -175,6 +178,7 @@ class TrainStep:
         if plan.planned:
             raise PlanError(f"the plan has {'; '.join(plan.planned)}: the step cannot run this yet")
         self.reads, self.mesh = (reads,), mesh
+        self.compute_dtype: str | None = None
         rows = batch_rows(abstract_batch)
         if rows % minibatches:
             raise ValueError(f"{rows} rows do not split into minibatches={minibatches}")

@@ -74,6 +74,7 @@ class GenerateStep:
     ):
         self.reads, self._writes = ("prompts",), writes
         self.mesh = window_mesh(call, devices)
+        self.compute_dtype: str | None = model.dtype
         self.sampling = sampling
         self._seed, self._length = seed, prompt_tokens + sampling.max_tokens
         blocks = _blocks(self.mesh, call)

@@ -4,6 +4,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -326,3 +327,28 @@ def test_plans_and_steps_that_do_not_fit_are_refused():
         toy(ALONE, hosts=(HostStep("a", ("answers",), ("lesson",), lambda data, i: {}),)).iteration({"batch": BATCH}, 1)
     with pytest.raises(PlanError, match="is not on the devices of its window 0-0"):
         Runner(toy(ALONE).execution, toy(APART).steps, WEIGHTS)
+
+
+def test_a_call_that_computes_in_less_is_sent_less():
+    devices = jax.devices()
+    home = make_mesh(MeshShape(fsdp=4), devices[:4])
+    away = make_mesh(MeshShape(tensor=2), devices[4:6])
+    weights = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    params = {
+        "w": jax.device_put(weights, NamedSharding(home, P("fsdp"))),
+        "n": jax.device_put(3, NamedSharding(home, P())),
+    }
+    there = {"w": NamedSharding(away, P(None, "tensor")), "n": NamedSharding(away, P())}
+    roles = Roles({"actor": params})
+    roles.lend("actor", "wide", there)
+    roles.lend("actor", "narrow", there, "bfloat16")
+    wide, narrow = roles.lent("wide"), roles.lent("narrow")
+    assert (wide["w"].dtype, narrow["w"].dtype, narrow["n"].dtype) == (jnp.float32, jnp.bfloat16, params["n"].dtype)
+    assert narrow["w"].sharding == there["w"]
+    np.testing.assert_array_equal(narrow["w"], weights.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(wide["w"], weights)
+    sent = {call: predicted.sent_bytes for (_, call), predicted in roles.predicted.items()}
+    assert sent["wide"] - sent["narrow"] == weights.nbytes / 2
+    # Where nothing moves, nothing is cast: the arrays are used as they are.
+    roles.lend("actor", "home", jax.tree.map(lambda x: x.sharding, params), "bfloat16")
+    assert roles.lent("home")["w"] is params["w"]
