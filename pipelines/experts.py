@@ -15,7 +15,7 @@ Inside one `jax.shard_map` over the whole mesh:
 Products in groups are `jax.lax.ragged_dot`, on TPUs a kernel that skips what is in no group, with gradients by
 `pipelines.grouped_tpu`; on GPUs they are `pipelines.grouped`.
 
-Shape letters: B batch, L length, D embed, E experts, J experts per token, F mlp, R rows: tokens times J.
+Shape letters: B batch, L length, T tokens, D embed, E experts, J experts per token, F mlp, R rows: J times tokens.
 """
 
 from __future__ import annotations
@@ -128,16 +128,16 @@ def _of_all_experts(
     """All experts of a device's tokens, which it sorts."""
     (up_EDF, down_EFD), gate_EDF = kernels[:2], kernels[2:]
     J, D, E = expert_BLJ.shape[-1], x_BLD.shape[-1], up_EDF.shape[0]
-    expert_R = expert_BLJ.reshape(-1)
+    expert_R = _by_choice(expert_BLJ)
     order_R = jnp.argsort(expert_R)
     back_R = jnp.argsort(order_R)
     counts_E = jnp.bincount(expert_R, length=E)
-    h_RD = _permuted(jnp.repeat(x_BLD.reshape(-1, D), J, axis=0), order_R, back_R)
+    h_RD = _permuted(jnp.tile(x_BLD.reshape(-1, D), (J, 1)), order_R, back_R)
     up_RF = product(h_RD, up_EDF, counts_E)
     gate_RF = product(h_RD, gate_EDF[0], counts_E) if gate_EDF else None
     y_RD = product(call.hidden(up_RF, gate_RF), down_EFD, counts_E)
-    y_TJD = _permuted(y_RD, back_R, order_R).reshape(-1, J, D)
-    return jnp.einsum("tj,tjd->td", weight_BLJ.reshape(-1, J), y_TJD).reshape(x_BLD.shape)
+    y_JTD = _permuted(y_RD, back_R, order_R).reshape(J, -1, D)
+    return jnp.einsum("jt,jtd->td", _by_choice(weight_BLJ).reshape(J, -1), y_JTD).reshape(x_BLD.shape)
 
 
 def _of_own_experts(
@@ -157,7 +157,8 @@ def _of_own_experts(
     the device has if all experts get as many. The backward pass computes the hidden values of a piece again.
     """
     J, D, E = expert_BLJ.shape[-1], x_BLD.shape[-1], kernels[0].shape[0]
-    expert_R = expert_BLJ.reshape(-1) - jax.lax.axis_index(axes) * E
+    T = expert_BLJ.size // J
+    expert_R = _by_choice(expert_BLJ) - jax.lax.axis_index(axes) * E
     expert_R = jnp.where((expert_R >= 0) & (expert_R < E), expert_R, E)
     order_R = jnp.argsort(expert_R)
     back_R = jnp.argsort(order_R)
@@ -184,11 +185,11 @@ def _of_own_experts(
 
         def step(i: jax.Array, y_RD: jax.Array) -> jax.Array:
             rows_P, inside_P1, counts_E = piece(i, order_R, ends_E)
-            y_PD = results(x_TD[rows_P // J], weight_R[rows_P], kernels, counts_E)
+            y_PD = results(x_TD[rows_P % T], weight_R[rows_P], kernels, counts_E)
             return jax.lax.dynamic_update_slice_in_dim(y_RD, jnp.where(inside_P1, y_PD, 0), i * size, axis=0)
 
         y_RD = jax.lax.fori_loop(0, -(-ends_E[-1] // size), step, zeros((size * ways, D), x_TD.dtype))
-        return y_RD[back_R].reshape(-1, J, D).sum(1)
+        return y_RD[back_R].reshape(J, T, D).sum(0)
 
     def kept(*operands: Any) -> tuple[jax.Array, Any]:
         return forward(*operands), operands
@@ -198,7 +199,7 @@ def _of_own_experts(
 
         def step(i: jax.Array, sums: Any) -> Any:
             rows_P, inside_P1, counts_E = piece(i, order_R, ends_E)
-            h_PD, g_PD = (jnp.where(inside_P1, a[rows_P // J], 0) for a in (x_TD, g_TD))
+            h_PD, g_PD = (jnp.where(inside_P1, a[rows_P % T], 0) for a in (x_TD, g_TD))
             _, pull = jax.vjp(lambda h, w, k: results(h, w, k, counts_E), h_PD, weight_R[rows_P], kernels)
             dh_PD, dweight_P, dkernels = pull(g_PD)
             dh_PD, dweight_P = jnp.where(inside_P1, dh_PD, 0), jnp.where(inside_P1[:, 0], dweight_P, 0)
@@ -214,12 +215,19 @@ def _of_own_experts(
         first = zeros((rows, D), x_TD.dtype), zeros((rows,), weight_R.dtype), totals
         dh_RD, dweight_R, totals = jax.lax.fori_loop(0, -(-ends_E[-1] // size), step, first)
         dkernels = tuple(total.astype(k.dtype) for total, k in zip(totals, kernels, strict=True))
-        return dh_RD[back_R].reshape(-1, J, D).sum(1), dweight_R[back_R], dkernels, None, None, None
+        return dh_RD[back_R].reshape(J, T, D).sum(0), dweight_R[back_R], dkernels, None, None, None
 
     computed = jax.custom_vjp(forward)
     computed.defvjp(kept, backward)
-    y_TD = computed(x_BLD.reshape(-1, D), weight_BLJ.reshape(-1), kernels, order_R, back_R, ends_E)
+    y_TD = computed(x_BLD.reshape(-1, D), _by_choice(weight_BLJ), kernels, order_R, back_R, ends_E)
     return y_TD.reshape(x_BLD.shape)
+
+
+def _by_choice(x_BLJ: jax.Array) -> jax.Array:
+    """Rows: all tokens' first experts, then their second ones. With a token's experts side by side, a TPU would fill
+    them up to tiles of 8 and write every array of rows twice.
+    """
+    return jnp.moveaxis(x_BLJ, -1, 0).reshape(-1)
 
 
 @jax.custom_vjp

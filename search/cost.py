@@ -98,6 +98,7 @@ class _Stages:
 
     Attributes:
         compute_pkn: the gradients of weights are part of backward.
+        cover_pkn: of which collectives may run behind.
         weights_kn: of which gradients of weights.
         hidden_pxkn, exposed_pxkn: seconds of collectives that may hide, and that may not.
         step_hidden_xkn, step_exposed_xkn: the same, once per step.
@@ -109,6 +110,7 @@ class _Stages:
     """
 
     compute_pkn: Floats
+    cover_pkn: Floats
     weights_kn: Floats
     hidden_pxkn: Floats
     exposed_pxkn: Floats
@@ -205,7 +207,7 @@ class CostModel:
         m = columns.microbatches.astype(np.float64)
         hidden_pkn = one.hidden_pxkn.sum(1)
         # What hides and does not fit is told under the axes it belongs to, in proportion.
-        left_pxkn = self.exposed(one.compute_pkn, hidden_pkn)[:, None] * _share(one.hidden_pxkn, axis=1)
+        left_pxkn = self.exposed(one.cover_pkn, hidden_pkn)[:, None] * _share(one.hidden_pxkn, axis=1)
         exposed_pxkn = one.exposed_pxkn + left_pxkn
         host_pkn = np.maximum(one.host_pkn - one.compute_pkn, 0.0)
         passes_pkn = one.compute_pkn + exposed_pxkn.sum(1) + host_pkn
@@ -218,7 +220,7 @@ class CostModel:
         # The sum of gradients hides behind the last backward pass, beside what hides there anyway. Of several chunks
         # only one waits: the others' collectives run behind its neighbours' work.
         both_xkn = one.hidden_pxkn[1] + one.step_hidden_xkn
-        left_xkn = self.exposed(one.compute_pkn[1], both_xkn.sum(0))[None] * _share(both_xkn, axis=0)
+        left_xkn = self.exposed(one.cover_pkn[1], both_xkn.sum(0))[None] * _share(both_xkn, axis=0)
         step_xkn = (left_xkn - left_pxkn[1]) / columns.flags("chunks")
         updated_xkn, updated_moved_xkn = self._updated(place, columns, vocab)
         once_xkn = one.step_exposed_xkn + updated_xkn
@@ -257,7 +259,7 @@ class CostModel:
     def _base_stages(self, place: Placement, columns: Columns, vocab: Vocab) -> _Stages:
         n = len(columns)
         weights_kr = place.stage_weights(vocab)
-        compute_rqn = self._compute(place, columns)
+        compute_rqn, cover_rqn = self._compute(place, columns)
         sizes, strides = numbering(place, columns)
         shape = (2, len(REGIONS), len(AXES), n)
         hidden, exposed = np.zeros(shape), np.zeros(shape)
@@ -275,7 +277,7 @@ class CostModel:
                 (step_hidden if flow.hides else step_exposed)[region] += credit_xn * seconds
                 step_moved[region] += credit_xn * volume
             else:
-                into = hidden if flow.hides else exposed
+                into = hidden if self._hides(flow) else exposed
                 waited = self._waited(flow, sizes)
                 into[int(flow.phase == "backward"), region] += credit_xn * seconds * waited
                 beside[region] += credit_xn * seconds * (1 - waited)
@@ -285,9 +287,10 @@ class CostModel:
             """Regions shared out over the stages: the third dimension from the right becomes the second."""
             return np.einsum("kr,...rn->...kn", weights_kr, x)
 
-        compute_qkn = on_stages(np.moveaxis(compute_rqn, 0, 1))
+        compute_qkn, cover_qkn = (on_stages(np.moveaxis(x, 0, 1)) for x in (compute_rqn, cover_rqn))
         return _Stages(
             compute_pkn=np.stack([compute_qkn[0], compute_qkn[1] + compute_qkn[2]]),
+            cover_pkn=np.stack([cover_qkn[0], cover_qkn[1] + cover_qkn[2]]),
             weights_kn=compute_qkn[2],
             hidden_pxkn=on_stages(np.moveaxis(hidden, 1, 2)),
             exposed_pxkn=on_stages(np.moveaxis(exposed, 1, 2)),
@@ -414,7 +417,7 @@ class CostModel:
         seconds = self.ops[remat].bound(place, np.array(list(sizes.values())))
         attained = max(self.efficiency.links, self.efficiency.network)
         for flow in place.flows:
-            if not flow.hides and flow.phase != "step":
+            if not self._hides(flow) and flow.phase != "step":
                 size = math.prod(sizes[axis] for axis in flow.axes)
                 volume = float(np.min(flow.bytes)) / math.prod(sizes[axis] for axis in flow.split)
                 once = lower_bound_seconds(self.cluster, flow.kind, volume, size)
@@ -438,6 +441,8 @@ class CostModel:
         )
         seconds = microbatches / place.stage * np.maximum(found.flops[0], found.bytes[0])
         out = {str(kind): float(seconds[kinds == kind].sum()) for kind in np.unique(kinds)}
+        beside = float(microbatches / place.stage * found.beside.sum())
+        out |= {"memory": out.get("memory", 0.0) + beside} if beside else {}
         return out | {"launches": float(microbatches / place.stage * found.launch.sum())}
 
     def stage_seconds(self, place: Placement, columns: Columns, saved_bytes: Floats | None = None) -> dict[str, Any]:
@@ -445,7 +450,7 @@ class CostModel:
         columns = columns.take(0)
         variant = columns.variants[int(columns.variant[0])]
         one = self._stages(place, columns, np.zeros(1) if saved_bytes is None else saved_bytes, variant.vocab)
-        left_pkn = self.exposed(one.compute_pkn, one.hidden_pxkn.sum(1)) + one.exposed_pxkn.sum(1)
+        left_pkn = self.exposed(one.cover_pkn, one.hidden_pxkn.sum(1)) + one.exposed_pxkn.sum(1)
         passes_pkn = one.compute_pkn + left_pkn
         forward, backward, weights = (
             _virtual(x, place.stage, variant.chunks)[0] for x in (*passes_pkn, one.weights_kn)
@@ -466,22 +471,29 @@ class CostModel:
             of a transfer to the next stage, shape (candidates,).
         """
         one = self._stages(place, columns, np.zeros(len(columns)), "ends")
-        left_pkn = self.exposed(one.compute_pkn, one.hidden_pxkn.sum(1)) + one.exposed_pxkn.sum(1)
+        left_pkn = self.exposed(one.cover_pkn, one.hidden_pxkn.sum(1)) + one.exposed_pxkn.sum(1)
         return (one.compute_pkn + left_pkn)[0], one.transfer_n
 
     def _compute(self, place: Placement, columns: Columns) -> Floats:
-        """Seconds of one microbatch's operations; shape (regions, passes, candidates).
+        """Seconds of one microbatch's operations, and of these what collectives may run behind; shape (2, regions,
+        passes, candidates).
 
-        How the batch is split between data and fsdp does not matter.
+        How the batch is split between data and fsdp matters only where gathered weights are copied.
         """
-        out = np.zeros((len(REGIONS), len(PASSES), len(columns)))
+        out = np.zeros((2, len(REGIONS), len(PASSES), len(columns)))
+        fsdp_n = np.array(place.fsdp_sizes, np.int64)[columns.fsdp]
         sizes_x = np.array([float(size[0]) for size in axis_sizes(place, np.ones(1)).values()])
         for remat, ops in enumerate(self.ops):
             here = columns.remat == remat
             counts = np.unique(columns.microbatches[here])
             if len(counts):
-                found = ops.by_group(ops.seconds(place, sizes_x, counts.astype(np.float64)).total)
-                out[:, :, here] = np.moveaxis(found[np.searchsorted(counts, columns.microbatches[here])], 0, 2)
+                each = ops.seconds(place, sizes_x, counts.astype(np.float64))
+                found = np.stack([ops.by_group(each.total), ops.by_group(each.total * ops.covers_n)])
+                rows = np.searchsorted(counts, columns.microbatches[here])
+                out[:, :, :, here] = np.moveaxis(found[:, rows], 1, 3)
+                if each.gathered.any():
+                    copied_rp = ops.by_group(np.broadcast_to(each.gathered, each.total.shape))[0]
+                    out[0][:, :, here] += copied_rp[:, :, None] * (fsdp_n[here] > 1)
         return out
 
     def flow_seconds(self, place: Placement, columns: Columns) -> Iterator[tuple[Flow, Floats, Floats]]:
@@ -498,6 +510,11 @@ class CostModel:
         if sharded.any():
             for flow, seconds, volume in self._flow_seconds(_update_flows(place), columns, sizes, strides):
                 yield flow, seconds * sharded, volume * sharded
+
+    def _hides(self, flow: Flow) -> bool:
+        """Whether a collective of a microbatch may run behind compute as a whole."""
+        sums = flow.kind == "all_reduce" and flow.phase == "backward" and STAGE not in flow.axes
+        return flow.hides or (sums and self.efficiency.sums_behind_weights > 0)
 
     def _waited(self, flow: Flow, sizes: Mapping[str, Floats]) -> Floats:
         """Share of a collective's seconds that is waited for, or may hide behind compute as a whole."""

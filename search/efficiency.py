@@ -40,6 +40,8 @@ class Efficiency:
         half_size: rows or columns (m, n) of a product that halve its efficiency, x / (x + half_size): an assumption;
             half a tile of 32 is lost on edges and on filling the pipeline.
         half_depth: the same of k, for the dtype whose peak is that of bfloat16; a dtype twice as fast needs twice it.
+        tile: to a multiple of which n and k above half of it are filled up: the side of a TPU's matrix unit (128; 256
+            on v6e and 7x: cloud.google.com/tpu/docs/v6e); 1 where tiles differ with the product.
         half_output: elements of a product's result that halve its efficiency: too few to fill all processors evenly.
             Half a wave of tiles of 128 x 128 on the 108 processors of an A100 is 0.9e6; 0 where tiles run one by one.
         narrow: of `matmul`, by products in 8 bits and fewer.
@@ -54,9 +56,13 @@ class Efficiency:
         loop_traffic: bytes that elementwise loops and reductions move per byte of the rule of fusion (`search.fusion`).
         stack_traffic: times that what a loop keeps for its backward pass is copied into an array of all iterations, and
             as often out of it: XLA does it, where other software keeps each iteration's arrays.
+        routed_traffic: bytes that sorting tokens by experts and back moves per byte of what the model writes out:
+            kernels that read through an index, and gathers fused into what reads them, move fewer.
+        matrix_copies: times that experts' matrices which are gathered over devices, and their gradients, are copied
+            into another order: a kernel takes them in its own, where XLA's products take what a gather leaves.
         own_experts: 1 where experts of a device's own are computed as `pipelines.experts` does: see `search.op_times`.
-        room_for_all: 1 where its arrays with room for the tokens of all devices are moved whole; XLA for GPUs fuses
-            what reads them.
+        room_for_all: share of the room for the tokens of all devices in its arrays that is moved besides the part that
+            is filled; XLA for GPUs fuses what reads them.
         gradient_passes: times that the gradients move through memory when those of a microbatch are added to the sum: 3
             where it is a loop of its own, fewer where products add to it.
         launch_seconds: by kind of accelerator, of one operation: a GPU kernel about 2 us inside a CUDA graph, a TPU
@@ -65,6 +71,11 @@ class Efficiency:
             (github.com/PKU-DAIR/Hetu-Galvatron, overlap coefficient).
         unhidden: share of the collectives between operations that is waited for, the rest runs behind the products it
             feeds (XLA's collective matmul, Wang et al. 2023).
+        kernels_cover, loops_cover: share of the kernels (attention, experts) and of the loops that collectives may run
+            behind, beside XLA's products: 1 where they have streams of their own; XLA for TPUs runs them within the
+            fusions of products, and of few others.
+        sums_behind_weights: 1 where all-reduces of the backward pass (gradients of inputs, over tensor) run behind the
+            products of the weights' gradients, which do not wait for them: XLA's scheduler for GPUs does it.
         in_pieces: 1 where those over tensor and context run as a ring, one piece per member, each piece behind the
             product of the one before: the first is waited for (Transformer Engine's userbuffers, ring attention).
         links, network: bandwidth of collectives inside a node or slice, and of those that leave it, over what
@@ -75,6 +86,7 @@ class Efficiency:
     matmul: float = 0.9
     half_size: float = 16.0
     half_depth: float = 16.0
+    tile: float = 1.0
     half_output: float = 0.0
     narrow: float = 1.0
     attention: float = 0.6
@@ -85,12 +97,17 @@ class Efficiency:
     bandwidth: float = 0.85
     loop_traffic: float = 1.0
     stack_traffic: float = 0.0
+    routed_traffic: float = 1.0
+    matrix_copies: float = 0.0
     own_experts: float = 0.0
     room_for_all: float = 0.0
     gradient_passes: float = 3.0
     launch_seconds: tuple[tuple[str, float], ...] = (("gpu", 2e-6), ("tpu", 5e-7), ("cpu", 5e-6))
     overlap_slowdown: float = 1.13
     unhidden: float = 1.0
+    kernels_cover: float = 1.0
+    loops_cover: float = 1.0
+    sums_behind_weights: float = 0.0
     in_pieces: float = 0.0
     links: float = 1.0
     network: float = 1.0
@@ -147,6 +164,10 @@ class Efficiency:
             elements, depth = elements * pieces, depth / pieces
         for size, half in ((m, self.half_size), (n, self.half_size), (depth, half_depth)):
             share = share * (size / (np.asarray(size, np.float64) + half))
+        if self.tile > 1:
+            for size in (np.asarray(n, np.float64), np.asarray(k, np.float64)):
+                filled = np.ceil(size / self.tile) * self.tile
+                share = share * np.where(size > self.tile / 2, size / filled, 1.0)
         return np.asarray(share * (elements / (elements + self.half_output)))
 
 

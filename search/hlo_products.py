@@ -30,6 +30,7 @@ class Product:
         passes: over the multiplier (float32 on a TPU takes several where the program asks for precision).
         kernel: "attention" or "ragged", or nothing.
         slowest: flops of the device with most of them over `flops` (causal attention of a part of the queries).
+        sizes: rows, columns and depth of one product of a dot or of products in groups; none where they are not read.
     """
 
     flops: int
@@ -37,6 +38,7 @@ class Product:
     passes: int = 1
     kernel: Literal["", "attention", "ragged"] = ""
     slowest: float = 1.0
+    sizes: tuple[int, ...] = ()
 
 
 def products(program: Program, op: Op) -> tuple[Product, ...]:
@@ -89,8 +91,10 @@ def _operand_shapes(computation: Computation, op: Op) -> list[Shape]:
 
 def _dot(computation: Computation, op: Op, contracted: Sequence[int]) -> Product:
     lhs = _operand_shapes(computation, op)[0]
-    size = 2 * op.shapes[0].elements * math.prod(lhs.dims[i] for i in contracted)
-    return Product(size, lhs.dtype, _passes(lhs.dtype, op))
+    depth = math.prod(lhs.dims[i] for i in contracted)
+    rows, columns = (1, 1, *op.shapes[0].dims)[-2:]
+    size = 2 * op.shapes[0].elements * depth
+    return Product(size, lhs.dtype, _passes(lhs.dtype, op), sizes=(rows, columns, depth))
 
 
 def _passes(dtype: str, op: Op) -> int:
@@ -133,7 +137,9 @@ def _ragged(computation: Computation, op: Op, lhs: int) -> Product:
     a, b = _operand_shapes(computation, op)[lhs : lhs + 2]
     rows, inner = a.dims[0], a.dims[-1]
     columns = op.shapes[0].dims[-1] if len(op.shapes[0].dims) == 2 else b.dims[-1]
-    return Product(2 * rows * inner * columns, a.dtype, kernel="ragged")
+    # Of the gradient of matrices the rows are what is summed over.
+    sizes = (rows, columns, inner) if len(op.shapes[0].dims) == 2 else (inner, columns, rows)
+    return Product(2 * rows * inner * columns, a.dtype, kernel="ragged", sizes=sizes)
 
 
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}

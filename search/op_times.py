@@ -27,6 +27,12 @@ PASSES = ("forward", "backward", "weights")
 """Forward; backward, with what it computes again; gradients of weights, which zero-bubble schedules run apart."""
 
 
+TENSOR_AT, EXPERT_AT = AXES.index(TENSOR), AXES.index(EXPERT)
+SUM_BYTES = 10
+"""Bytes that a sum of gradients in float32 moves per byte of one in bfloat16: 4 of zeros, 4 + 2 + 4, and 4 + 2 at the
+end, for 2."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Routed:
     """Rows of calls of `sharding_rules.experts`, by name.
@@ -46,15 +52,20 @@ class OpSeconds:
     Attributes:
         flops, bytes: of the arithmetic and of the memory; the longer of the two counts.
         launch: shape (n,).
+        beside: of what moves through memory besides, after the operation; shape (n,).
+        gathered: the same, where its weights are gathered; shape (n,).
     """
 
     flops: Floats
     bytes: Floats
     launch: Floats
+    beside: Floats
+    gathered: Floats
 
     @property
     def total(self) -> Floats:
-        return np.maximum(self.flops, self.bytes) + self.launch
+        """Without what is there only where weights are gathered."""
+        return np.maximum(self.flops, self.bytes) + self.launch + self.beside
 
 
 class OpTimes:
@@ -98,7 +109,8 @@ class OpTimes:
         self.batched_n: Bools = np.any(self.axes_nr & batch_rows, axis=1)
         self.batched_a: Bools = np.any(self.array_axes_ar & batch_rows, axis=1)
         self.batch_rows: Bools = batch_rows
-        self._operands(arrays["written"])
+        self.written_a: Bools = arrays["written"]
+        self._operands(self.written_a)
         self.groups_n = self._groups(table["phase"], op_regions(work, layers))
         self._layouts: dict[Any, tuple[Any, ...]] = {}
         self._read_routed(rows, routed, table["phase"])
@@ -114,12 +126,18 @@ class OpTimes:
         """
         self.gathered_a: Bools = np.zeros(len(self.array_op_a), bool)
         self.own_n: Floats = np.ones(len(self.trips_n))
+        self.routed_n: Bools = np.zeros(len(self.trips_n), bool)
+        self.matrix_a: Bools = np.zeros(len(self.array_op_a), bool)
         if routed is None:
             return
         chosen, hidden = (np.array([name == row for name in rows]) for row in (routed.chosen, routed.hidden))
         wide_a = self.array_axes_ar @ hidden
         self.gathered_a = self.array_axes_ar @ chosen & ~wide_a & ~self.product_n[self.array_op_a]
+        self.routed_n[self.array_op_a[self.gathered_a]] = True
         ragged = self.kind_n == "ragged"
+        # Gradients of experts' matrices: what their products write.
+        gradient = ragged & (phase_n == "backward") & np.any(self.contracted_nr & self.batch_rows, axis=1)
+        self.matrix_a = self.written_a & gradient[self.array_op_a]
         self.own_n[ragged & (phase_n == "recompute")] = 0.0
         self.own_n[ragged & (phase_n == "forward") & ~(self.contracted_nr @ hidden)] = 2.0
         self.own_n[(self.kind_n == "stack") & (self.axes_nr @ chosen)] = 0.0
@@ -153,8 +171,13 @@ class OpTimes:
         )
         stacks = self.kind_n == "stack"
         moved = np.where(stacks, efficiency.stack_traffic, np.where(fused, efficiency.loop_traffic, 1.0))
+        moved = np.where(self.routed_n & ~self.product_n & ~stacks, efficiency.routed_traffic, moved)
         self.traffic_n: Floats = moved / self.bandwidth
         self.launch_n: Floats = np.where(stacks, 0.0, self.launch)
+        kernels = self.attention_n | (self.kind_n == "ragged")
+        self.covers_n: Floats = np.where(
+            kernels, efficiency.kernels_cover, np.where(self.product_n, 1.0, efficiency.loops_cover)
+        )
 
     def _groups(self, phase: np.ndarray, regions: Sequence[str]) -> np.ndarray:
         """Region and pass of every operation, as one number."""
@@ -195,7 +218,7 @@ class OpTimes:
                 self._layouts.clear()
             # The placement is kept, so that its id is not given to another.
             self._layouts[key] = (place, *self._layout(place, sizes_x, counts_m))
-        _, parts_mn, moved_mn, local_3mn, slowest_n = self._layouts[key]
+        _, parts_mn, moved_mn, local_3mn, slowest_n, matrix_n = self._layouts[key]
         batch_mn = np.maximum(self.arithmetic_n / parts_mn / (2 * local_3mn.prod(0)), 1.0)
         share_mn = self.efficiency.product(*local_3mn, batch=batch_mn, speed=self.speed_n) / self.efficiency.matmul
         rate_mn = np.where(self.product_n, self.rate_n * share_mn, self.rate_n)
@@ -204,6 +227,10 @@ class OpTimes:
             trips_n * (self.flops_n / parts_mn / rate_mn) * (1 + self.efficiency.contiguous * slowest_n),
             trips_n * moved_mn * self.traffic_n,
             trips_n * self.launch_n,
+            # Summed over pieces of tokens in float32: filled with zeros, read and written as the gradient is read, and
+            # cast; `pipelines.experts`.
+            trips_n * matrix_n * (SUM_BYTES * self.efficiency.own_experts if place.expert > 1 else 0.0),
+            trips_n * matrix_n * 2 * self.efficiency.matrix_copies,
         )
 
     def _executions(self, place: Placement) -> Floats:
@@ -212,16 +239,18 @@ class OpTimes:
         return self.trips_n * (1 + own * (self.own_n - 1))
 
     def _layout(self, place: Placement, sizes_x: Floats, counts_m: Floats) -> tuple[Floats, ...]:
-        """Of every operation on a device: parts of its work, bytes, the sizes of a product, and how much more than the
-        mean the device with most of a causal mask's scores computes where context splits the sequence into c parts:
-        (1 + ... + c) / c of which it has c makes 2 - 1 / c times.
+        """Of every operation on a device: parts of its work, bytes, the sizes of a product, how much more than the mean
+        the device with most of a causal mask's scores computes where context splits the sequence into c parts, (1 + ...
+        + c) / c of which it has c makes 2 - 1 / c times; and seconds of reading a gradient of experts' matrices.
         """
         ways_n, taken_nx = self.split(self.axes_nr, place, sizes_x)
         ways_a, taken_ax = self.split(self.array_axes_ar, place, sizes_x)
-        if self.efficiency.room_for_all:
-            whole = [axis for axis, n in ((EXPERT, place.expert), (TENSOR, place.tensor * place.sequence)) if n > 1]
-            inside_ax = taken_ax & ~np.isin(AXES, whole)
-            ways_a = np.where(self.gathered_a, np.where(inside_ax, sizes_x, 1.0).prod(1), ways_a)
+        if self.gathered_a.any() and self.efficiency.own_experts:
+            # Parts of experts compute all tokens of their devices, whole experts have room for them.
+            if place.tensor > 1 and place.sequence:
+                ways_a = np.where(self.gathered_a & taken_ax[:, TENSOR_AT], ways_a / sizes_x[TENSOR_AT], ways_a)
+            room = np.where(taken_ax[:, EXPERT_AT], 1 + self.efficiency.room_for_all * (sizes_x[EXPERT_AT] - 1), 1.0)
+            ways_a = np.where(self.gathered_a, ways_a / room, ways_a)
         parts_mn = np.where(self.batched_n, counts_m[:, None], 1.0)
         parts_ma = np.where(self.batched_a, counts_m[:, None], 1.0)
         moved_mn = np.stack([self._moved(ways_a * parts) for parts in parts_ma])
@@ -242,21 +271,28 @@ class OpTimes:
         )
         shrinks_n3[:, :2] &= ~shrinks_n3[:, 2:]
         local_mn3 = np.maximum(sizes_n3 / np.where(shrinks_n3, counts_m[:, None, None], 1.0), 1.0)
+        matrices = np.bincount(
+            self.array_op_a, self.matrix_a * self.array_bytes_a / ways_a, minlength=len(self.trips_n)
+        )
         context = AXES.index(CONTEXT)
         slowest_n = np.where(self.causal_n & taken_nx[:, context], 1 - 1 / sizes_x[context], 0.0)
-        return ways_n * parts_mn, moved_mn, np.moveaxis(local_mn3, 2, 0), slowest_n
+        return ways_n * parts_mn, moved_mn, np.moveaxis(local_mn3, 2, 0), slowest_n, matrices / self.bandwidth
 
     def memory_bytes(self, place: Placement, counts_m: Floats) -> dict[str, Floats]:
         """Bytes that a device moves in a step, as counted, nothing attained; shape (m,).
 
         Returns:
-            "loops", "stacks", and of what else takes longer for its bytes than for its arithmetic, "rest".
+            "loops", "stacks", "routed" (what sorts tokens by experts, and back), and of what else takes longer for its
+            bytes than for its arithmetic, "rest".
         """
         sizes_x = np.array([float(size[0]) for size in axis_sizes(place, np.ones(1)).values()])
         _, moved_mn, *_ = self._layout(place, sizes_x, counts_m)
         found = self.seconds(place, sizes_x, counts_m)
         loops, stacks = np.isin(self.kind_n, LOOPS), self.kind_n == "stack"
-        which = {"loops": loops, "stacks": stacks, "rest": ~loops & ~stacks & (found.bytes > found.flops)}
+        routed = self.routed_n & ~self.product_n & ~stacks
+        loops &= ~routed
+        rest = ~loops & ~stacks & ~routed & (found.bytes > found.flops)
+        which = {"loops": loops, "stacks": stacks, "routed": routed, "rest": rest}
         trips_n = self._executions(place)
         return {name: counts_m * (trips_n * moved_mn * mask).sum(-1) for name, mask in which.items()}
 

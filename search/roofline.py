@@ -13,7 +13,8 @@ Copies that the compiler starts ahead (prefetches into a TPU's on-chip memory) h
 the memory bandwidth that ops leave over: memory is never faster than it is. Buffers on the chip cost nothing.
 
 `PRODUCT_SHARE`, `MEMORY_SHARE` and `KERNEL_SHARE` were set before any comparison with measured steps: big products in
-XLA:TPU's own cycle estimates run at 0.92 to 0.96 of the peak. Launches and loops cost nothing here.
+XLA:TPU's own cycle estimates run at 0.92 to 0.96 of the peak. GPUs attain much less of theirs: their products take what
+`search.efficiency` has for their sizes, fitted on published runs. Launches and loops cost nothing here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from search.cluster import Cluster
 from search.collectives import collective_seconds
+from search.efficiency import Efficiency
 from search.hlo import Collective, Module, collective, products
+from search.hlo_products import Product
 from search.hlo_text import HOST_SPACE, Computation, Op, Shape, bits_of
 from sharding_rules import MeshShape
 
@@ -216,6 +219,7 @@ class _Walk:
         self.module, self.cluster, self.mesh, self.order = module, cluster, mesh, order
         self.on_chip = cluster.accelerator.kind == "tpu"
         self.bandwidth = MEMORY_SHARE * cluster.accelerator.memory_bytes_per_second
+        self.attained = cluster.efficiency or Efficiency.for_accelerator(cluster.accelerator)
         self.parts: dict[str, _Part] = {}
         self.unknown: list[str] = []
 
@@ -301,13 +305,7 @@ class _Walk:
         if op.opcode in FREE or op.target in FREE_CALLS:
             return
         made = products(self.module, op)
-        product_seconds = sum(
-            p.flops
-            * p.slowest
-            * p.passes
-            / (self._peak(p.dtype) * (KERNEL_SHARE if p.kernel == "attention" else PRODUCT_SHARE))
-            for p in made
-        )
+        product_seconds = sum(p.flops * p.slowest * p.passes / (self._peak(p.dtype) * self._share(p)) for p in made)
         if op.opcode == "custom-call" and not made and not self._is_known(op):
             self.unknown.append(
                 f"custom call {op.target} ({op.op_name.rpartition('/')[2] or op.name}): memory traffic only"
@@ -322,6 +320,18 @@ class _Walk:
         kernels = [p.kernel for p in made if p.kernel]
         kind = kernels[0] if kernels else "product" if made else "copy" if op.opcode == "copy" else "memory"
         part.ops.append((op, kind, seconds))
+
+    def _share(self, product: Product) -> float:
+        """Share of the peak that a product attains."""
+        if product.kernel == "attention":
+            return KERNEL_SHARE
+        if self.cluster.accelerator.kind != "gpu":
+            return PRODUCT_SHARE
+        if not product.sizes:
+            return self.attained.matmul
+        m, n, k = product.sizes
+        batch = max(1.0, product.flops / (2 * m * n * k))
+        return float(self.attained.product(m, n, k, batch=batch))
 
     def _is_known(self, op: Op) -> bool:
         said = {op.target, *op.op_name.split("/"), op.name.rpartition(".")[0]}

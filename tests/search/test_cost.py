@@ -124,6 +124,14 @@ def test_small_products_are_slow_and_large_ones_reach_the_constant():
     assert (np.diff(e.product(sizes, 128, 128)) > 0).all()
 
 
+@pytest.mark.parametrize("n, share", [(256, 1.0), (176, 176 / 256), (352, 352 / 512), (100, 1.0), (512, 1.0)])
+def test_products_fill_the_matrix_unit(n, share):
+    free = dict(matmul=1.0, half_size=0.0, half_depth=0.0, tile=256.0)
+    assert Efficiency(**free).product(4096, n, 4096) == pytest.approx(share)
+    assert Efficiency(**free).product(4096, 4096, n) == pytest.approx(share)
+    assert Efficiency(**free).product(n, 4096, 4096) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("compute, collectives, expected", [(10, 2, 0.26), (10, 10, 1.3), (2, 10, 8.26), (3, 0, 0)])
 def test_overlap_slows_both_sides(compute, collectives, expected):
     found = CostModel(CLUSTER, {"none": one_product()}).exposed(compute, collectives)
@@ -390,3 +398,80 @@ def test_own_experts_make_hidden_values_again_and_keep_none():
     assert own.bytes[0, stacks].sum() < other.bytes[0, stacks].sum()
     loops = ~ragged & ~stacks & ~ops.product_n
     assert own.bytes[0, loops].sum() > other.bytes[0, loops].sum()
+
+
+def routed_ops(**changes):
+    """A small mixture of experts, and its operations on four devices with neutral constants."""
+    found = load_problem(tiny("mixtral-8x7b"), seq_len=16, global_batch=8)
+    model = TracedModel(found.traced, found.opt_state, CLUSTER)
+    ops = model.costs.ops[model.costs.remats.index("none")]
+    return model, ops, ops.on(CLUSTER, Efficiency(half_size=0.0, half_depth=0.0, **changes))
+
+
+def shares(**sizes):
+    return np.array([float(sizes.get(axis, 1.0)) for axis in AXES])
+
+
+def test_sorting_by_experts_moves_its_share_of_bytes_and_products_all():
+    model, ops, _ = routed_ops()
+    place = placed(model, batch_shards=4)
+    whole, less = (
+        ops.on(CLUSTER, Efficiency(routed_traffic=x)).seconds(place, shares(fsdp=4), np.ones(1)).bytes[0]
+        for x in (1.0, 0.25)
+    )
+    sorts = ops.routed_n & ~ops.product_n & (ops.kind_n != "stack")
+    assert whole[sorts].sum() > 0
+    np.testing.assert_allclose(less[sorts], 0.25 * whole[sorts])
+    np.testing.assert_allclose(less[~sorts], whole[~sorts])
+
+
+def test_gathered_matrices_of_experts_are_copied_where_they_are_gathered():
+    model, ops, copied = routed_ops(matrix_copies=3.0)
+    place = placed(model, batch_shards=4)
+    found = copied.seconds(place, shares(fsdp=4), np.ones(1))
+    layers, sizes = 2, model.layout.traced.arg("params")
+    matrices = [x for x in jax.tree.leaves(sizes) if len(x.shape) == 4]
+    nbytes = sum(math.prod(x.shape) for x in matrices) * ops.array_bytes_a[ops.matrix_a][0]
+    nbytes /= math.prod(matrices[0].shape[1:])  # of one number, as gradients are computed
+    assert {x.shape[0] for x in matrices} == {layers}
+    np.testing.assert_allclose(found.gathered.sum() * copied.bandwidth, 2 * 3 * nbytes, rtol=1e-6)
+    costs = model.on(CLUSTER, Efficiency(half_size=0.0, half_depth=0.0, matrix_copies=3.0)).costs
+    remat, sizes = costs.remats.index("none"), place.fsdp_sizes
+    whole, split = (costs.seconds(place, columns(sizes.index(n), remat)).compute[0] for n in (1, 4))
+    np.testing.assert_allclose(split - whole, found.gathered.sum(), rtol=1e-6)
+
+
+def test_own_experts_sum_their_gradients_in_float32():
+    model, ops, own = routed_ops(own_experts=1.0)
+    apart = own.seconds(placed(model, expert=2, batch_shards=4), shares(expert=2, fsdp=4), np.ones(1))
+    together = own.seconds(placed(model, batch_shards=8), shares(fsdp=8), np.ones(1))
+    assert together.beside.sum() == 0
+    half = (ops.matrix_a * ops.array_bytes_a * ops.trips_n[ops.array_op_a]).sum() / 2
+    np.testing.assert_allclose(apart.beside.sum() * own.bandwidth, 10 * half, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernels, exposed", [(1.0, 0.0), (0.0, 1.0)])
+def test_collectives_hide_behind_kernels_only_where_they_have_a_stream_of_their_own(kernels, exposed):
+    op = dataclasses.replace(one_product().ops[0], kind="ragged")
+    place = by_hand(flows=(Flow("all_gather", ("tensor",), 1e6, (), "forward", True, False, {"": 1.0}),), tensor=8)
+    efficiency = Efficiency(kernels_cover=kernels, overlap_slowdown=1.0, launch_seconds=(("gpu", 0.0),))
+    work = Workload((op,), one_product().rows)
+    costs = CostModel(CLUSTER, {"none": work}, efficiency=efficiency)
+    found = costs.seconds(place, columns())
+    assert found.exposed["tensor"][0] == pytest.approx(exposed * found.collectives["tensor"][0])
+    assert found.collectives["tensor"][0] > 0
+
+
+@pytest.mark.parametrize("phase, kind, waits", [("backward", "all_reduce", False), ("forward", "all_reduce", True)])
+def test_sums_of_input_gradients_run_behind_the_weights_gradients(phase, kind, waits):
+    flow = Flow(kind, ("tensor",), 1e3, (), phase, False, False, {"": 1.0})
+    place = by_hand(flows=(flow,), tensor=8)
+    op = dataclasses.replace(one_product().ops[0], phase=phase)
+    costs = CostModel(
+        CLUSTER,
+        {"none": Workload((op,), one_product().rows)},
+        efficiency=Efficiency(sums_behind_weights=1.0, overlap_slowdown=1.0, launch_seconds=(("gpu", 0.0),)),
+    )
+    found = costs.seconds(place, columns())
+    assert found.collectives["tensor"][0] > 0
+    assert (found.exposed["tensor"][0] > 0) == waits

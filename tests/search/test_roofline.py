@@ -8,6 +8,7 @@ import pytest
 
 from search.cluster import parse_cluster
 from search.collectives import collective_seconds
+from search.efficiency import Efficiency
 from search.hlo import flops, parse
 from search.roofline import MEMORY_SHARE, PRODUCT_SHARE, step_seconds
 from sharding_rules import MeshShape
@@ -124,6 +125,16 @@ def test_buffers_on_the_chip_cost_nothing_on_tpus():
     gpu = parse_cluster("8xH100")
     read = ARRAY / (MEMORY_SHARE * gpu.accelerator.memory_bytes_per_second)
     assert time_of([f"%c = {CHIP} add(%a, %b)"], cluster=gpu).seconds == pytest.approx(3 * read)
+
+
+def test_products_attain_on_gpus_what_was_fitted_for_their_sizes():
+    gpu = parse_cluster("8xH100")
+    attained = Efficiency.for_accelerator(gpu.accelerator).product(SIZE, SIZE, SIZE)
+    assert attained < PRODUCT_SHARE
+    found = time_of([dot()], cluster=gpu)
+    assert found.compute_seconds["product"] == pytest.approx(
+        found.flops / (attained * gpu.accelerator.flops("bfloat16"))
+    )
 
 
 def test_a_prefetch_runs_beside_products_but_not_beside_traffic():
