@@ -1,6 +1,6 @@
-"""What XLA's programs do beyond what the planner counts, read off compiled ones: three constants of the cost model.
+"""What XLA's programs do beyond what the planner counts, read off compiled ones: constants of the cost model.
 
-    python benchmarks/loop_traffic.py                                    about 5 minutes
+    python benchmarks/loop_traffic.py                                    about 15 minutes
 
 It needs the extras tpu-aot and gpu-aot, and no TPU and no GPU. The planner counts the bytes of loops by the rule of
 fusion of `search.fusion`, that of kernels fused by hand: XLA also fuses into products. And it counts what loops
@@ -8,7 +8,10 @@ over layers keep for the backward pass as written once and read once, which XLA 
 out of it. `loop_traffic` and `stack_traffic` of `search.efficiency.Efficiency` are what these two are multiplied by for
 compiled software, fitted here on the seconds of memory-bound operations, copies and prefetches in the compiled
 schedules (`search.roofline`) of models whose order no benchmark here compares, several rematerialisations each.
-`unhidden` is the share of the gathers and scatters of sequence parallelism that those schedules wait for.
+`unhidden` is the share of the gathers and scatters of sequence parallelism that those schedules wait for. Of a mixture
+of experts, `routed_traffic` is what sorting tokens by experts and back moves of what the model writes out, and
+`matrix_copies` how often gathered matrices of experts are copied: what is left of the memory's seconds when all else is
+taken off, over plans with tensor 1, 2 and 4, which have more of the first and less of the second.
 
 Bar: of each accelerator and of all of a kind, the constants in `redco_like/validation/fit.py` are within a fifth of
 those found. The last line is JSON; exit 1 on a missed bar.
@@ -44,6 +47,15 @@ CASES = (
     ("gpu", "opt-2.7b", "8xH100", 32, 2048),
 )
 """Accelerator, or kind of one, whose constants they are; model, cluster, global batch, sequence length."""
+EXPERTS = (
+    ("tpu", "qwen3-30b-a3b", "v6e:8x8", 128, 2048),
+    ("tpu", "qwen3-30b-a3b", "v5p:4x4x4", 128, 4096),
+    ("gpu", "qwen3-30b-a3b", "2x8xH100", 64, 2048),
+)
+"""The same, of mixtures of experts."""
+ROUTED: tuple[dict[str, Any], ...] = tuple(
+    {"tensor": tensor, "data": 1, "context": 1, "expert": 1, "sequence": False, "remat": "dots"} for tensor in (1, 2, 4)
+)
 PLANS: tuple[dict[str, Any], ...] = tuple(
     {"tensor": tensor, "data": 1, "context": 1, "expert": 1, "sequence": False, "remat": remat}
     for remat in ("none", "dots", "full")
@@ -57,8 +69,9 @@ TIMES = ("seconds", "exposed_seconds")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Of one plan: seconds of memory traffic, of loops and stacks as the planner counts them and all as compiled; and
-    seconds of gathers and scatters over tensor, with what is waited for of them.
+    """Of one plan: seconds of memory traffic, of loops and stacks as the planner counts them and all as compiled;
+    seconds of gathers and scatters over tensor, with what is waited for of them; and of experts, seconds of sorting as
+    counted and of copying the gathered matrices once.
     """
 
     plan: str
@@ -67,9 +80,16 @@ class Point:
     compiled: float
     scattered: float
     waited: float
+    routed: float = 0.0
+    matrices: float = 0.0
 
 
-def points(loaded: Loaded, check: Callable[[Loaded, Plan], Compiled], tell: Callable[[str], None]) -> list[Point]:
+def points(
+    loaded: Loaded,
+    check: Callable[[Loaded, Plan], Compiled],
+    tell: Callable[[str], None],
+    fixes: tuple[dict[str, Any], ...] = (*PLANS, *SEQUENCE),
+) -> list[Point]:
     """Compile plans of one model."""
     import numpy as np
 
@@ -80,7 +100,7 @@ def points(loaded: Loaded, check: Callable[[Loaded, Plan], Compiled], tell: Call
 
     costs, out = loaded.model.costs, []
     bandwidth = MEMORY_SHARE * loaded.cluster.accelerator.memory_bytes_per_second
-    for fix in (*PLANS, *SEQUENCE):
+    for fix in fixes:
         try:
             best = solve(Space(loaded.model, loaded.cluster, fix=fix), runners_up=0).best
         except PlanError:
@@ -89,7 +109,8 @@ def points(loaded: Loaded, check: Callable[[Loaded, Plan], Compiled], tell: Call
             continue
         plan = best.plan
         place, columns = candidate(loaded.model, plan)
-        found = costs.ops[int(columns.remat[0])].memory_bytes(place, columns.microbatches.astype(np.float64))
+        ops, parts_n = costs.ops[int(columns.remat[0])], columns.microbatches.astype(np.float64)
+        found = ops.memory_bytes(place, parts_n)
         program = check(loaded, plan)
         if not program.hlo:
             continue
@@ -107,6 +128,8 @@ def points(loaded: Loaded, check: Callable[[Loaded, Plan], Compiled], tell: Call
             float(found["stacks"][0] / bandwidth),
             float(seconds),
             *(sum(getattr(taken, name) * taken.collective.times for taken in scattered) for name in TIMES),
+            routed=float(found["routed"][0] / bandwidth),
+            matrices=float(found["matrices"][0] / bandwidth),
         )
         tell(
             f"  loops {1e3 * point.loops:5.0f} ms  stacks {1e3 * point.stacks:5.0f} ms  compiled "
@@ -129,6 +152,17 @@ def fitted(found: list[Point]) -> tuple[float, float]:
     return float(loops), float(stacks)
 
 
+def fitted_routed(found: list[Point], loops: float, stacks: float) -> tuple[float, float]:
+    """What is left of the memory's seconds, as sorting and copies of matrices."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    left = np.array([p.compiled - loops * p.loops - stacks * p.stacks for p in found])
+    counted = np.array([[p.routed, p.matrices] for p in found]) / left[:, None]
+    routed, copies = nnls(counted, np.ones(len(found)))[0]
+    return float(routed), float(copies)
+
+
 def main(options: argparse.Namespace) -> int:
     import numpy as np
 
@@ -148,10 +182,12 @@ def main(options: argparse.Namespace) -> int:
 
     start = time.monotonic()
     found: dict[str, list[Point]] = {}
-    for number, (name, model, cluster, batch, length) in enumerate(CASES, 1):
-        if options.only and name not in options.only:
-            continue
-        print(f"{number}/{len(CASES)} {time.monotonic() - start:4.0f} s  {model} on {cluster}", flush=True)
+    routed: dict[str, list[tuple[float, float]]] = {}
+    cases = [
+        case for case in (*CASES, *EXPERTS) if not options.only or {case[0], case[2].split(":")[0]} & {*options.only}
+    ]
+    for number, (name, model, cluster, batch, length) in enumerate(cases, 1):
+        print(f"{number}/{len(cases)} {time.monotonic() - start:4.0f} s  {model} on {cluster}", flush=True)
         record = {
             "model": model,
             "cluster": cluster,
@@ -162,7 +198,15 @@ def main(options: argparse.Namespace) -> int:
             "param_dtype": "float32",
             "task": "train",
         }
-        mine = points(load(record, lambda _: None), check, lambda text: print(text, flush=True))
+        loaded, tell = load(record, lambda _: None), lambda text: print(text, flush=True)
+        if loaded.model.has_experts:
+            mine = points(loaded, check, tell, ROUTED)
+            attained = loaded.model.costs.efficiency
+            pair = fitted_routed(mine, attained.loop_traffic, attained.stack_traffic)
+            print(f"  routed_traffic {pair[0]:.2f}, matrix_copies {pair[1]:.1f}", flush=True)
+            routed.setdefault(name, []).append(pair)
+            continue
+        mine = points(loaded, check, tell)
         for key in {name, "gpu" if name == "gpu" else "tpu"}:
             found.setdefault(key, []).extend(mine)
     kinds, passed = {}, True
@@ -182,6 +226,13 @@ def main(options: argparse.Namespace) -> int:
             "largest_error": round(max(errors), 3),
         }
         print(f"{kind}: {kinds[kind]}", flush=True)
+    experts = {}
+    for kind, pairs in routed.items():
+        values: dict[str, float] = dict(zip(("routed_traffic", "matrix_copies"), np.mean(pairs, axis=0), strict=True))
+        used = {name: COMPILED[kind][name] for name in values}
+        passed &= all(abs(values[name] - value) <= MOST_OFF * max(values[name], value) for name, value in used.items())
+        rounded = {name: round(float(value), 3) for name, value in values.items()}
+        experts[kind] = {**rounded, "used": used, "each": pairs}
     print(
         json.dumps(
             {
@@ -190,6 +241,7 @@ def main(options: argparse.Namespace) -> int:
                 "machine": platform.processor() or "cpu",
                 "seconds": round(time.monotonic() - start),
                 "kinds": kinds,
+                "experts": experts,
                 "rows": [
                     {"kind": kind, **dataclasses.asdict(p)}
                     for kind, mine in found.items()
@@ -207,5 +259,5 @@ def main(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="v5e, v5p, v6e, gpu")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="v5e, v5p, v6e, gpu, 2x8xH100, ...")
     sys.exit(main(parser.parse_args()))

@@ -282,19 +282,20 @@ class OpTimes:
         """Bytes that a device moves in a step, as counted, nothing attained; shape (m,).
 
         Returns:
-            "loops", "stacks", "routed" (what sorts tokens by experts, and back), and of what else takes longer for its
-            bytes than for its arithmetic, "rest".
+            "loops", "stacks", "routed" (what sorts tokens by experts, and back), "matrices" (those of experts, copied
+            once), and of what else but products takes longer for its bytes than for its arithmetic, "rest".
         """
         sizes_x = np.array([float(size[0]) for size in axis_sizes(place, np.ones(1)).values()])
-        _, moved_mn, *_ = self._layout(place, sizes_x, counts_m)
+        _, moved_mn, *_, matrix_n = self._layout(place, sizes_x, counts_m)
         found = self.seconds(place, sizes_x, counts_m)
         loops, stacks = np.isin(self.kind_n, LOOPS), self.kind_n == "stack"
         routed = self.routed_n & ~self.product_n & ~stacks
         loops &= ~routed
-        rest = ~loops & ~stacks & ~routed & (found.bytes > found.flops)
+        rest = ~loops & ~stacks & ~routed & ~self.product_n & (found.bytes > found.flops)
         which = {"loops": loops, "stacks": stacks, "routed": routed, "rest": rest}
         trips_n = self._executions(place)
-        return {name: counts_m * (trips_n * moved_mn * mask).sum(-1) for name, mask in which.items()}
+        moved = {name: counts_m * (trips_n * moved_mn * mask).sum(-1) for name, mask in which.items()}
+        return moved | {"matrices": counts_m * 2 * (trips_n * matrix_n).sum() * self.bandwidth}
 
     def by_group(self, seconds_mn: Floats) -> Floats:
         """Sums over the operations of each region and pass; shape (m, regions, passes)."""

@@ -112,6 +112,8 @@ class Search:
     """Stop the search after this time, and say how far from the best the plan may be."""
     no_offload: Flag = False
     """Keep idle roles on the devices."""
+    stages: Flag = False
+    """Also pipelines of stages, which cannot be run yet."""
 
     def check(self) -> None:
         if not self.time_limit > 0:
@@ -164,6 +166,7 @@ class Rlhf:
                     dtype=self.search.dtype,
                     param_dtype=self.search.param_dtype,
                     optimizer=self.search.optimizer,
+                    allow_planned=self.search.stages,
                     tell=tell,
                 )
             tell("searching")
