@@ -177,9 +177,9 @@ class Case:
         return sum(option.seconds for option in self.heuristic(software).values())
 
     def search(self, software: Dispatch, *, time_limit: float = 60.0) -> Found:
-        """Search for the best plan."""
+        """Search for the best plan of a system whose iterations begin when all calls of the one before have ended."""
         costs = self.space(software)
-        return solve(self.graph, self.workload, costs.cluster, costs, time_limit=time_limit)
+        return solve(self.graph, self.workload, costs.cluster, costs, time_limit=time_limit, synchronous=True)
 
     def seconds_on(self, software: Dispatch, windows: Mapping[str, Window]) -> float:
         """Of an iteration whose calls have these windows, each with its fastest option."""
@@ -188,7 +188,7 @@ class Case:
             name: (window, min(costs.options(self.graph.call(name), window.devices), key=lambda option: option.seconds))
             for name, window in windows.items()
         }
-        found = simulate(self.graph, places, None, costs, cluster=costs.cluster)
+        found = simulate(self.graph, places, None, costs, cluster=costs.cluster, synchronous=True)
         return found.period
 
 

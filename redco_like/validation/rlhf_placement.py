@@ -4,7 +4,7 @@
     by_tensor(13, 16, offload=False)                           # tensor size of generation -> seconds
 
 PPO of four models of one size: 1024 prompts of 1024 tokens, 1024 new tokens each, one epoch of 8 minibatches; nodes of
-8 A100-80 with NVLink, 200 Gb/s between nodes. Nothing is fitted.
+8 A100-80 with NVLink, 200 Gb/s between nodes; an iteration begins when the one before has ended. Nothing is fitted.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def costs(
 def periods(billions: int, gpus: int, *, network: float = 0.0) -> dict[str, float]:
     """Seconds per iteration of every placement that people use; inf where one does not fit or cannot be."""
     found = costs(billions, gpus, network=network)
-    plans = heuristics(GRAPH, WORKLOAD, found.cluster, found)
+    plans = heuristics(GRAPH, WORKLOAD, found.cluster, found, synchronous=True)
     names = dict.fromkeys((*PLACEMENTS, *plans))
     fits = {name for name, plan in plans.items() if not plan.reason}
     return {name: plans[name].period_seconds if name in fits else math.inf for name in names}
@@ -96,7 +96,7 @@ def by_tensor(billions: int, gpus: int, *, offload: bool) -> dict[int, Generatio
             "score": Constraint(TRAINS),
         }
         found = costs(billions, gpus, constraints=constraints)
-        plan = heuristics(GRAPH, WORKLOAD, found.cluster, found, offload=offload).get("colocated")
+        plan = heuristics(GRAPH, WORKLOAD, found.cluster, found, offload=offload, synchronous=True).get("colocated")
         if plan is None:
             out[tensor] = Generation(math.inf, math.inf, 0)
             continue

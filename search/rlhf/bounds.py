@@ -41,6 +41,8 @@ def never_together(problem: Problem) -> tuple[int, ...]:
 
     def next_iteration(a: int, b: int) -> bool:
         """Whether b of the next iteration waits for a."""
+        if problem.synchronous:
+            return True
         for call in range(count):
             home = problem.home[call]
             if problem.trained[call] and upto[home] >> a & 1 and upto[b] >> call & 1:

@@ -69,6 +69,7 @@ def solve(
     tell: Callable[[str], None] | None = None,
     sizes: Collection[int] | None = None,
     usable_bytes: float | None = None,
+    synchronous: bool = False,
 ) -> Found:
     """Find the execution plan with the shortest period.
 
@@ -81,6 +82,8 @@ def solve(
         tell: called with what is going on.
         sizes: of windows, in devices; default: all.
         usable_bytes: of a device; default: the share of its memory that plans count on.
+        synchronous: an iteration begins when all calls of the one before have ended, as in systems whose controller
+            waits for them (ReaL, HybridFlow); `pipelines.rlhf` does not wait.
 
     Raises:
         ValueError: a time limit that is none, a role without a model, a size that no window has, options that
@@ -90,7 +93,7 @@ def solve(
         raise ValueError(f"time_limit={time_limit!r}; a number of seconds above 0")
     tell = tell or (lambda text: None)
     models = _models(graph, models)
-    problem = Problem(graph, workload, cluster, costs, usable_bytes=usable_bytes, sizes=sizes)
+    problem = Problem(graph, workload, cluster, costs, usable_bytes=usable_bytes, sizes=sizes, synchronous=synchronous)
     evaluate = Evaluate(problem, offload=offload)
     tell("costs of calls on windows")
     options = candidates(problem)  # Asks for the costs of every call on every size.
@@ -136,13 +139,14 @@ def heuristics(
     offload: bool = True,
     sizes: Collection[int] | None = None,
     usable_bytes: float | None = None,
+    synchronous: bool = False,
 ) -> dict[str, ExecutionPlan]:
     """Plans that people use (`search.rlhf.heuristics`): name -> the plan.
 
     A plan that does not fit is told by its memory; one that cannot be here is left out.
     """
     models = _models(graph, models)
-    problem = Problem(graph, workload, cluster, costs, usable_bytes=usable_bytes, sizes=sizes)
+    problem = Problem(graph, workload, cluster, costs, usable_bytes=usable_bytes, sizes=sizes, synchronous=synchronous)
     found = placements(Evaluate(problem, offload=offload))
     return {name: execution_plan(problem, assignment, models) for name, assignment in found.items()}
 

@@ -50,6 +50,7 @@ class Problem:
     Args:
         usable_bytes: of a device; default: the share of its memory that plans count on.
         sizes: that windows may have; default: all.
+        synchronous: an iteration begins when all calls of the one before have ended.
 
     Raises:
         ValueError: a size that no window has; options that contradict themselves.
@@ -64,7 +65,9 @@ class Problem:
         *,
         usable_bytes: float | None = None,
         sizes: Collection[int] | None = None,
+        synchronous: bool = False,
     ):
+        self.synchronous = synchronous
         self.graph, self.workload, self.cluster, self.costs = graph, workload, cluster, costs
         accelerator = cluster.accelerator
         self.usable = usable_bytes or memory_share(accelerator) * accelerator.usable_memory_bytes

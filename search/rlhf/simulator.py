@@ -64,6 +64,7 @@ def simulate(
     workload: Workload | None = None,
     offloaded: Collection[str] = (),
     usable_bytes: float | None = None,
+    synchronous: bool = False,
 ) -> Simulated:
     """Run an assignment until it is steady.
 
@@ -72,12 +73,15 @@ def simulate(
         order: of dispatch; None: the best there is.
         workload: is not looked at: costs are of one already.
         offloaded: roles that lie in the host's memory between their calls.
+        synchronous: an iteration begins when all calls of the one before have ended.
 
     Raises:
         ValueError: an order that is none, a call without a place, an unknown call or role, a window outside the
             cluster or of another size than its option.
     """
-    problem = Problem(graph, workload or Workload(1, 1, 1), cluster, costs, usable_bytes=usable_bytes)
+    problem = Problem(
+        graph, workload or Workload(1, 1, 1), cluster, costs, usable_bytes=usable_bytes, synchronous=synchronous
+    )
     for name, (window, option) in places.items():
         _ = graph.call(name)
         if window.devices != option.devices:
@@ -181,6 +185,8 @@ def steps_of(
         if problem.trained[call] and phase != "offload":  # What brings parameters, or uses them.
             trained = runs[problem.home[call]]
             previous = (back.get(problem.role[call], trained) if phase == "onload" else trained,)
+        if problem.synchronous:
+            previous = tuple(range(len(steps), len(found)))
         steps.append(Step(call, phase, Task(seconds, devices, after, previous)))
     return steps
 

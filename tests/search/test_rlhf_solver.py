@@ -330,3 +330,22 @@ def test_one_device_has_a_plan():
     assert found.gap == 0
     assert set(found.execution.heuristics) <= {"colocated", "real"}
     assert {busy.what for busy in found.execution.timeline} >= {"reference", "train_actor"}
+
+
+@pytest.mark.parametrize("name, cluster, sizes, count", [("grpo", ONE, (2, 4, 8), 2), ("ppo", FOUR, (4, 8), 1)])
+def test_synchronous_iterations_do_not_overlap(name, cluster, sizes, count):
+    graph = GRAPHS[name]()
+    costs = RandomCosts(5, count, sizes=sizes)
+    options = {"usable_bytes": 99.0, "sizes": sizes}
+    free = solve(graph, WORKLOAD, cluster, costs, offload=False, **options)
+    found = solve(graph, WORKLOAD, cluster, costs, offload=False, synchronous=True, **options)
+    assert found.execution is not None
+    assert free.execution is not None
+    assert found.gap == 0
+    # The whole of an iteration lies within its period.
+    timeline = found.execution.timeline
+    assert min(busy.start for busy in timeline) == pytest.approx(0)
+    assert max(busy.end for busy in timeline) == pytest.approx(found.execution.period_seconds)
+    assert found.execution.period_seconds >= free.execution.period_seconds - 1e-12
+    problem = Problem(graph, WORKLOAD, cluster, costs, synchronous=True, **options)
+    assert brute_force(problem, candidates(problem), offload=False).seconds == pytest.approx(found.execution.period_seconds)
