@@ -125,7 +125,7 @@ class Stream:
     """Tokens to text, piece by piece; all pieces together are the text of all tokens, up to a stop string.
 
     A piece ends with a whole character. What could be the beginning of a stop string is kept back until it is known
-    not to be one. One stream is for one answer and one thread.
+    not to be one; of several, the one that is complete first counts. One stream is for one answer and one thread.
 
     Attributes:
         stopped: whether a stop string was found; it and what follows are left out.
@@ -167,14 +167,14 @@ class Stream:
         return piece + held
 
     def _release(self, fresh: str) -> str:
-        """What of the text so far is before every stop string and can be the beginning of none."""
+        """What of the text so far is before a stop string and can be the beginning of none."""
         if not self._stop:
             return fresh
         text = self._held + fresh
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -35,7 +35,7 @@ from search.accelerators import (
     positive,
     whole,
 )
-from search.efficiency import Efficiency
+from search.efficiency import MAY_BE_ZERO, Efficiency
 
 CLUSTER_VERSION = 1
 
@@ -438,7 +438,7 @@ def _efficiency(entry: Any, where: str) -> Efficiency | None:
     made = build(Efficiency, entry, where)
     for field in dataclasses.fields(made):
         if isinstance(field.default, int | float):
-            check = positive if field.default else not_negative
+            check = positive if field.default and field.name not in MAY_BE_ZERO else not_negative
             check(getattr(made, field.name), f"{where}: {field.name}")
     return made
 

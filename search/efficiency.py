@@ -171,6 +171,8 @@ class Efficiency:
         return np.asarray(share * (elements / (elements + self.half_output)))
 
 
+MAY_BE_ZERO = ("loop_traffic", "routed_traffic", "kernels_cover", "loops_cover", "unhidden")
+"""Shares whose default is not 0, and that may be."""
 _NUMBERS = frozenset(field.name for field in dataclasses.fields(Efficiency) if field.name != "launch_seconds")
 
 

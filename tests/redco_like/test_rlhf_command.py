@@ -50,7 +50,8 @@ def run(*arguments):
     return main(["rlhf", "--cluster", "4xA100-80", *arguments])
 
 
-def test_a_plan_is_found_written_and_drawn(actor, tmp_path, capsys):
+def test_a_plan_is_found_written_and_drawn(actor, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     out, page = tmp_path / "rlhf.json", tmp_path / "rlhf.html"
     assert run("--actor", actor, *LOAD, "--minibatches", "2", "--out", str(out), "--report", str(page)) == 0
     printed = capsys.readouterr().out

@@ -119,7 +119,9 @@ def test_stop_strings_cut_the_text_wherever_tokens_end(texts, kind, data):
     start = data.draw(st.integers(0, max(0, len(whole) - 1)))
     stop = [whole[start : start + data.draw(st.integers(1, 5))] or "x", data.draw(st.text(min_size=1, max_size=3))]
     pieces, stream = streamed(text, tokens, data.draw(st.lists(st.integers(0, 200))), stop=stop)
-    first = min((at for s in stop if (at := whole.find(s)) >= 0), default=None)
+    # The one that is complete first, and of those that end together the longest.
+    found = min(((at + len(s), at) for s in stop if (at := whole.find(s)) >= 0), default=None)
+    first = None if found is None else found[1]
     assert "".join(pieces) == (whole if first is None else whole[:first])
     assert stream.stopped == (first is not None)
 

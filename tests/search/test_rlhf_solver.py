@@ -348,4 +348,6 @@ def test_synchronous_iterations_do_not_overlap(name, cluster, sizes, count):
     assert max(busy.end for busy in timeline) == pytest.approx(found.execution.period_seconds)
     assert found.execution.period_seconds >= free.execution.period_seconds - 1e-12
     problem = Problem(graph, WORKLOAD, cluster, costs, synchronous=True, **options)
-    assert brute_force(problem, candidates(problem), offload=False).seconds == pytest.approx(found.execution.period_seconds)
+    assert brute_force(problem, candidates(problem), offload=False).seconds == pytest.approx(
+        found.execution.period_seconds
+    )
