@@ -57,12 +57,18 @@ def cluster(gpus: int) -> Cluster:
 
 
 def costs(
-    billions: int, gpus: int, *, constraints: Mapping[str, Constraint] | None = None, network: float = 0.0
+    billions: int,
+    gpus: int,
+    *,
+    constraints: Mapping[str, Constraint] | None = None,
+    network: float = 0.0,
+    stages: bool = False,
 ) -> CallCosts:
     """What the calls cost.
 
     Args:
         billions: 7 or 13.
+        stages: whether there may be pipelines, as Megatron has them.
         network: share of the bandwidth between nodes that collectives attain; default the planner's.
     """
     where = cluster(gpus)
@@ -70,12 +76,14 @@ def costs(
     if network:
         efficiency = dataclasses.replace(Efficiency.for_accelerator(where.accelerator), network=network)
     models = dict.fromkeys(GRAPH.roles, f"llama-2-{billions}b")
-    return call_costs(models, GRAPH, WORKLOAD, where, constraints=constraints, efficiency=efficiency)
+    return call_costs(
+        models, GRAPH, WORKLOAD, where, constraints=constraints, efficiency=efficiency, allow_planned=stages
+    )
 
 
 def periods(billions: int, gpus: int, *, network: float = 0.0) -> dict[str, float]:
     """Seconds per iteration of every placement that people use; inf where one does not fit or cannot be."""
-    found = costs(billions, gpus, network=network)
+    found = costs(billions, gpus, network=network, stages=True)
     plans = heuristics(GRAPH, WORKLOAD, found.cluster, found, synchronous=True)
     names = dict.fromkeys((*PLACEMENTS, *plans))
     fits = {name for name, plan in plans.items() if not plan.reason}
