@@ -38,7 +38,8 @@ class Roles:
         homes: role -> its state, or its parameters where it is not trained; arrays on every process, also on those
             without devices of it (`absent`).
         offloaded: roles that lie in the host's memory between their calls.
-        verify: compare what arrives with checksums of what was sent.
+        verify: compare what arrives with checksums of what was sent, the first time that a move is made; later ones
+            repeat its schedule. Checksums take some ten times as long as a move between CPU devices.
         deadline_seconds: how long another process may stand still in a move.
     """
 
@@ -57,6 +58,8 @@ class Roles:
         self._lent: dict[str, Any] = {}
         self._moves: dict[Any, Reshard] = {}
         self._casts: dict[Any, Any] = {}
+        self._brought: set[tuple[str, str]] = set()
+        """Roles and calls whose parameters came from the host before."""
         self._lock = threading.Lock()
         for role in offloaded:
             self._homes[role] = OnHost.of(self._homes[role])
@@ -90,7 +93,10 @@ class Roles:
         with self._lock:
             home = self._homes[role]
         if isinstance(home, OnHost):
-            moved = self._narrowed((role, call), from_host(home.params, shardings, **self._how), dtype)
+            verify = bool(self._how["verify"]) and (role, call) not in self._brought
+            brought = from_host(home.params, shardings, **{**self._how, "verify": verify})
+            self._brought.add((role, call))
+            moved = self._narrowed((role, call), brought, dtype)
         elif self.same_layout(role, shardings):
             moved = params_of(home)
         else:
@@ -126,7 +132,9 @@ class Roles:
             forms = abstract_of(tree)
             sources = jax.tree.map(lambda x: x.sharding, forms)
             self._moves[key] = Reshard(forms, sources, shardings, **self._how)
-        return self._moves[key].run(tree)
+        moved = self._moves[key].run(tree)
+        self._moves[key].verify = False
+        return moved
 
     def _narrowed(self, key: Any, tree: Any, dtype: str | None) -> Any:
         """A tree with its wider floats in a dtype, where they are."""

@@ -352,3 +352,22 @@ def test_a_call_that_computes_in_less_is_sent_less():
     # Where nothing moves, nothing is cast: the arrays are used as they are.
     roles.lend("actor", "home", jax.tree.map(lambda x: x.sharding, params), "bfloat16")
     assert roles.lent("home")["w"] is params["w"]
+
+
+def test_a_move_is_checked_the_first_time():
+    devices = jax.devices()
+    params = {
+        "w": jax.device_put(
+            np.ones((8, 8), np.float32), NamedSharding(make_mesh(MeshShape(fsdp=2), devices[:2]), P("fsdp"))
+        )
+    }
+    there = {"w": NamedSharding(make_mesh(MeshShape(fsdp=2), devices[2:4]), P(None, "fsdp"))}
+    roles = Roles({"actor": params})
+    checked = []
+    for _ in range(2):
+        move = roles._moves.get(("actor", "generate"))
+        checked.append(move is None or move.verify)
+        roles.lend("actor", "generate", there)
+        np.testing.assert_array_equal(roles.lent("generate")["w"], np.ones((8, 8)))
+        roles.give_up("generate")
+    assert checked == [True, False]
