@@ -42,7 +42,16 @@ from pipelines.generation.sampling import ENDS, STOP_TOKENS, settings_of
 from pipelines.generation.scheduler import Copy, Finish, Row, Work
 from pipelines.problem import cast_floats
 from redco_like.deployer import Deployer
-from redco_like.engine_layout import SMALLEST, classes, functions_of, make_plans, make_programs, piece_shapes
+from redco_like.engine_layout import (
+    CHUNK_TOKENS,
+    SMALLEST,
+    STEPS_PER_DISPATCH,
+    classes,
+    functions_of,
+    make_plans,
+    make_programs,
+    piece_shapes,
+)
 from search import Plan
 from sharding_rules import MeshShape, abstract, path_str
 
@@ -156,8 +165,8 @@ class Engine:
         devices: Sequence[Any] | None = None,
         rows: int = 16,
         length: int = 2048,
-        chunk_tokens: int = 256,
-        steps_per_dispatch: int = 8,
+        chunk_tokens: int = CHUNK_TOKENS,
+        steps_per_dispatch: int = STEPS_PER_DISPATCH,
         eos: Sequence[int] = (),
     ):
         for name, value in (

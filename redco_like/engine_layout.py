@@ -23,6 +23,10 @@ from sharding_rules import CONTEXT, MeshShape, PlanError, abstract, make_mesh
 if TYPE_CHECKING:
     from redco_like.models.model import Model
 
+CHUNK_TOKENS = 256
+"""Tokens of prompts that are read at a time, where the engine is not told otherwise."""
+STEPS_PER_DISPATCH = 8
+"""Tokens per row that are decoded before the host looks at them, the same."""
 SMALLEST = 128
 """Positions of the smallest class of length for decoding; reading starts with twice as many."""
 

@@ -22,7 +22,14 @@ from pipelines.generation import GenerationPrograms, Plans, SamplingParams, Size
 from pipelines.infer import build_predict_program
 from pipelines.problem import cast_floats, init_like
 from pipelines.train import build_train_program
-from redco_like.engine_layout import SMALLEST, classes, functions_of, piece_shapes
+from redco_like.engine_layout import (
+    CHUNK_TOKENS,
+    SMALLEST,
+    STEPS_PER_DISPATCH,
+    classes,
+    functions_of,
+    piece_shapes,
+)
 from redco_like.models import architecture, architectures, build_model, read_config
 from redco_like.problem import make_optimizer
 from redco_like.rlhf.algorithm import Experience
@@ -47,10 +54,6 @@ ALGORITHMS: dict[str, Any] = {
     "reward_modelling": RewardModel,
     "sft": SFT,
 }
-CHUNK_TOKENS = 256
-"""Of prompts that the engine reads at a time."""
-STEPS = 8
-"""Of decoding in one dispatch."""
 
 
 class Program(Protocol):
@@ -111,8 +114,8 @@ def build_program(execution: ExecutionPlan, call: str, program: str, mesh: Mesh)
 
     Args:
         execution: a plan for models by name; its `problem` has the optimizer.
-        program: of `programs`. "decode" makes `STEPS` tokens of every row at the full length, "prompts" reads the
-            largest piece of prompts.
+        program: of `programs`. "decode" makes `STEPS_PER_DISPATCH` tokens of every row at the full length, "prompts"
+            reads the largest piece of prompts.
 
     Raises:
         ValueError, PlanError: what cannot be built.
@@ -180,7 +183,7 @@ def _generation(call: CallPlan, program: str, member: Member, execution: Executi
         classes(length, 2, SMALLEST),
         classes(length, 4, 2 * SMALLEST),
         piece_shapes(min(CHUNK_TOKENS, length), rows // shards),
-        STEPS,
+        STEPS_PER_DISPATCH,
     )
     made = GenerationPrograms(
         functions_of(member.model, length),

@@ -9,18 +9,11 @@ from rich.table import Table
 
 from redco_like.cli import units
 from redco_like.cli.words import ordered_axes
+from search.rlhf.heuristics import WORDS
 
 if TYPE_CHECKING:
     from search import Plan
     from search.rlhf import CallPlan, ExecutionPlan
-
-HEURISTICS = {
-    "colocated": "all roles on all devices",
-    "real": "ReaL's heuristic",
-    "shipped": "the plan ReaL ships",
-    "split": "actor + reference | critic + reward",
-    "standalone": "every role on devices of its own",
-}
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -105,7 +98,7 @@ def heuristic_table(best: ExecutionPlan) -> Table:
         fits = period < float("inf")
         told = "does not fit" if not fits else ""
         table.add_row(
-            HEURISTICS.get(name, name),
+            WORDS.get(name, name),
             units.seconds(period, 4) if fits else "-",
             f"{100 * (period / best.period_seconds - 1):+.1f} %" if fits else "-",
             told,

@@ -16,14 +16,7 @@ from redco_like.report.page import both, keys, section, stat, whole_page
 from redco_like.report.tables import table
 from redco_like.report.words import how_words, mesh_words
 from search.rlhf import CallPlan, ExecutionPlan
-
-HEURISTICS = {
-    "colocated": "every role on all devices",
-    "real": "ReaL's heuristic",
-    "shipped": "the plan ReaL ships",
-    "split": "HybridFlow's split: actor and reference, critic and reward",
-    "standalone": "HybridFlow's standalone: devices of its own for every role",
-}
+from search.rlhf.heuristics import WORDS
 
 
 def write_execution_report(
@@ -71,7 +64,7 @@ def _headline(title: str, execution: ExecutionPlan) -> Markup:
         stat("Devices idle", percent(idle_share(execution)), f"of {execution.devices:,} devices, over an iteration"),
     ]
     if best:
-        stats.append(stat("Best heuristic", f"{slower[best]:.2f} {TIMES}", f"the time: {HEURISTICS.get(best, best)}"))
+        stats.append(stat("Best heuristic", f"{slower[best]:.2f} {TIMES}", f"the time: {WORDS.get(best, best)}"))
     return tag(
         "section",
         tag("p", "redco-like rlhf", class_="eyebrow"),
@@ -85,7 +78,7 @@ def _headline(title: str, execution: ExecutionPlan) -> Markup:
 
 
 def _named(name: str) -> str:
-    words = HEURISTICS.get(name, name)
+    words = WORDS.get(name, name)
     return words[:1].upper() + words[1:]
 
 

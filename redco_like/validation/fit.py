@@ -109,7 +109,9 @@ COMPILED: dict[str, dict[str, float]] = {
     "tpu7x": {"tile": 256.0},
 }
 """What XLA's programs move through memory, and what they wait for: read off compiled ones
-(`benchmarks/loop_traffic.py`), of accelerators of their own and of all of a kind."""
+(`benchmarks/loop_traffic.py`), of accelerators of their own and of all of a kind. `room_for_all` comes from the same
+model's plans with an expert axis. `kernels_cover` and `sums_behind_weights` say what XLA's schedulers do; `loops_cover`
+was set on the very plans that `benchmarks/plan_order.py` compares, and tiles are the matrix units' sides."""
 FIXED: dict[str, dict[str, float]] = {
     "gpu": {"half_size": 16.0, "half_depth": 60.0, "bandwidth": 0.85},
     "tpu": {
@@ -130,7 +132,7 @@ attention: half of the scores at the share of the peak that `search.roofline` ha
 four are counted. Left to the runs, which do not say what their attention is, it is three times as slow and products
 attain 0.995 of the peak, which none does; links beyond their nominal rate make up for it. Collectives slow down what
 they run beside by about the least that the runs leave open (1.23 to 1.6): with more, gathers that hide cost twice what
-compiled schedules wait for."""
+compiled schedules wait for, as was seen on plans that `benchmarks/plan_order.py` compares."""
 BY_FRAMEWORK: dict[str, dict[str, float]] = {
     "compiled": COMPILED["gpu"],
     "eager": {"unhidden": 1.0},

@@ -29,6 +29,15 @@ from search.rlhf.options import Option, Window
 from search.rlhf.problem import Place, Problem
 from search.rlhf.solver import minimise
 
+WORDS = {
+    "colocated": "all roles on all devices",
+    "real": "ReaL's heuristic",
+    "shipped": "the plan ReaL ships",
+    "split": "actor + reference | critic + reward",
+    "standalone": "every role on devices of its own",
+}
+"""What they are called where people read it."""
+
 PARTS = 300
 """Parts that the search for the options of one placement looks at; it mostly ends before."""
 TRIED = 3

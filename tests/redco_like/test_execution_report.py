@@ -79,7 +79,7 @@ def test_the_page_has_everything_and_escapes_names(tmp_path):
     plan = execution(reason="because <b>", models=dict.fromkeys(execution().graph.roles, "a<b"))
     path = write_execution_report(tmp_path / "page.html", plan, others={"colocated": execution(period_seconds=12.0)})
     page = path.read_text()
-    for text in ("because &lt;b&gt;", "a&lt;b", "train_critic", "1.18", "reallocate", "Every role on all devices"):
+    for text in ("because &lt;b&gt;", "a&lt;b", "train_critic", "1.18", "reallocate", "All roles on all devices"):
         assert text in page, text
     assert "<b>," not in page
     assert "a<b" not in page
