@@ -3,22 +3,21 @@
     python benchmarks/reshard.py [--quick]
     python benchmarks/reshard.py --processes          # bytes per second between two processes, no bar
 
-Bars, by medians of ratios inside one round (a round runs everything once, one after the other):
+Bars, by medians of ratios of neighbours, two of the kinds of copies taking turns:
 
-- bytes moved per second at least 0.8 of plain copies (`np.copyto` into fresh memory, the same bytes in as many arrays,
-  by as many threads as the move has);
+- bytes moved per second at least 0.8 of plain copies: `np.copyto` of the same bytes in their old order into as many new
+  arrays, one after the other;
 - never slower than `jax.device_put` by more than 10 %;
 - the sender's and receivers' bytes equal the lower bound.
 
-Seconds with checksums (`verify`) are reported beside, without a bar, and so are seconds of all cores together, which
-other work on the machine disturbs less. --quick: 128 MB, three rounds.
+Reported beside, without a bar: plain copies by as many threads as the move has, and checksums (`verify`).
+--quick: 128 MB, three rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import gc
 import json
 import math
 import os
@@ -41,7 +40,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pipelines.reshard import Reshard
-from pipelines.reshard_moving import THREADS
+from pipelines.reshard_copies import THREADS
 from sharding_rules import FSDP, TENSOR, MeshShape, make_mesh
 
 BAR_COPY, BAR_DEVICE_PUT = 0.8, 1.1
@@ -80,22 +79,43 @@ def anew(x: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [s.data for s in x.addressable_shards])
 
 
-def timed(function, tree) -> tuple[float, float, object]:
-    """Seconds of the clock and of all cores, and what was made."""
-    cores, begin = time.process_time(), time.perf_counter()
+def timed(function, tree) -> float:
+    tree = [anew(x) for x in tree]
+    begin = time.perf_counter()
     made = function(tree)
     jax.block_until_ready(made)
-    return time.perf_counter() - begin, time.process_time() - cores, made
+    return time.perf_counter() - begin
 
 
-def plain_copies(sources: list[np.ndarray], pool) -> list[np.ndarray]:
-    """Each source into fresh memory, by as many threads as the move has."""
-    made = [np.empty_like(source) for source in sources]
-    if THREADS == 1:
-        for new, old in zip(made, sources, strict=True):
+def alternate(one, other, tree, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of both, in turns: what one frees is what the other is given, whose pages have been touched."""
+    seconds = []
+    for turn in range(WARM_ROUNDS + rounds):
+        a, b = timed(one, tree), timed(other, tree)
+        if turn >= WARM_ROUNDS:
+            seconds.append((a, b))
+    return seconds
+
+
+def plain_copies(tree: list[jax.Array], shard_bytes: list[int], pool=None) -> list[np.ndarray]:
+    """The tree's bytes, in their order, into new arrays of the sizes of the move's."""
+    made = [np.empty(n, np.uint8) for n in shard_bytes]
+    parts, at, room = [], 0, 0
+    for shard in (shard for x in tree for shard in x.addressable_shards if shard.replica_id == 0):
+        old = np.asarray(shard.data).reshape(-1).view(np.uint8)
+        while old.size:
+            if not room:
+                room = shard_bytes[at]
+                at += 1
+            n = min(room, old.size)
+            begin = shard_bytes[at - 1] - room
+            parts.append((made[at - 1][begin : begin + n], old[:n]))
+            old, room = old[n:], room - n
+    if pool is None:
+        for new, old in parts:
             np.copyto(new, old)
     else:
-        list(pool.map(np.copyto, made, sources))
+        list(pool.map(np.copyto, *zip(*parts, strict=True)))
     return made
 
 
@@ -125,41 +145,36 @@ def main() -> int:
         move = Reshard(abstract, old, new, verify=False)
         schedule_seconds = time.perf_counter() - begin
         checked = Reshard(abstract, old, new, verify=True)
-        distinct = len({str(index) for index in new.devices_indices_map(shapes[0]).values()})
-        shard_bytes = [math.prod(new.shard_shape(shape)) * 2 for shape in shapes for _ in range(distinct)]
         # Replicas within a process share memory on CPU devices, after `device_put` as well: written once.
+        distinct = len(set(map(str, new.devices_indices_map(shapes[0]).values())))
+        shard_bytes = [math.prod(new.shard_shape(shape)) * 2 for shape in shapes for _ in range(distinct)]
         written = sum(shard_bytes)
-        shared = np.ones(max(shard_bytes) * min(len(shard_bytes), 64), np.uint8)
-        sources = [shared[i % 64 * n : i % 64 * n + n] for i, n in enumerate(shard_bytes)]
-        seconds: dict[str, list[float]] = {"copy": [], "move": [], "device_put": [], "checked": []}
-        cores: dict[str, list[float]] = {what: [] for what in seconds}
         todo = {
-            "copy": lambda _, sources=sources: plain_copies(sources, pool),
-            "move": lambda tree, move=move: move.run(tree),
+            "move": move.run,
+            "copy": lambda tree, shard_bytes=shard_bytes: plain_copies(tree, shard_bytes),
+            "copy by threads": lambda tree, shard_bytes=shard_bytes: plain_copies(tree, shard_bytes, pool),
             "device_put": lambda tree, new=new: jax.device_put(tree, new),
-            "checked": lambda tree, checked=checked: checked.run(tree),
+            "checked": checked.run,
         }
-        for turn in range(rounds + WARM_ROUNDS):
-            names = list(todo)
-            for what in names[turn % 4 :] + names[: turn % 4]:
-                spent, of_cores, made = timed(todo[what], [anew(x) for x in tree])
-                del made
-                gc.collect()
-                if turn >= WARM_ROUNDS:
-                    seconds[what].append(spent)
-                    cores[what].append(of_cores)
-        to_copy = [c / m for c, m in zip(seconds["copy"], seconds["move"], strict=True)]
-        to_put = [m / p for m, p in zip(seconds["move"], seconds["device_put"], strict=True)]
-        cost = [c / m for c, m in zip(seconds["checked"], seconds["move"], strict=True)]
+        seconds = {
+            other: alternate(todo["move"], todo[other], tree, max(3, rounds // 3) if other == "checked" else rounds)
+            for other in list(todo)[1:]
+        }
+        to_copy, to_threads, to_put, cost = ([b / a for a, b in pairs] for pairs in seconds.values())
+        to_put = [1 / ratio for ratio in to_put]
+        moved = statistics.median(a for a, _ in seconds["copy"])
         row = {
             "case": name,
             "gigabytes_written": round(written / 1e9, 3),
-            "gigabytes_per_second": round(written / 1e9 / statistics.median(seconds["move"]), 2),
+            "gigabytes_per_second": round(written / 1e9 / moved, 2),
             "of_plain_copy": spread(to_copy),
+            "of_plain_copy_by_threads": spread(to_threads),
             "of_device_put_seconds": spread(to_put),
             "checked_over_unchecked": spread(cost),
-            "median_seconds": {what: round(statistics.median(s), 3) for what, s in seconds.items()},
-            "median_core_seconds": {what: round(statistics.median(s), 3) for what, s in cores.items()},
+            "median_seconds": {
+                "move": round(moved, 3),
+                **{what: round(statistics.median(b for _, b in pairs), 3) for what, pairs in seconds.items()},
+            },
             "schedule_seconds": round(schedule_seconds, 4),
             "sent_equals_bound": move.predicted.sent_bytes == move.predicted.lower_bound_bytes,
         }
@@ -171,8 +186,7 @@ def main() -> int:
             failed.append(f"{name}: {statistics.median(to_put):.2f} of device_put's seconds, bar {BAR_DEVICE_PUT}")
         if not row["sent_equals_bound"]:
             failed.append(f"{name}: sent bytes above the lower bound")
-        del tree, sources, todo
-        gc.collect()
+        del tree, todo
     for line in failed:
         print("MISSED", line, file=sys.stderr)
     result = {
@@ -229,7 +243,7 @@ def child(process: str, port: str) -> int:
         for verify in (False, True):
             tree = [jax.jit(lambda s=s: jnp.ones(s, jnp.bfloat16), out_shardings=old)() for s in shapes]
             move = Reshard(tree, old, new, verify=verify)
-            spent = [timed(move.run, tree)[0] for _ in range(6)][1:]
+            spent = [timed(move.run, tree) for _ in range(6)][1:]
             crossing = move.predicted.crossing_bytes / 1e9
             rows[f"{name}{', checked' if verify else ''}"] = spread([crossing / s for s in spent])
     what = {"benchmark": "reshard between processes", "gigabytes_per_second": rows, "load_average": os.getloadavg()[0]}

@@ -38,6 +38,7 @@ from jax.sharding import Sharding
 
 from pipelines.devices import cluster_of, memory_bytes_per_device
 from pipelines.reshard_checksums import part_checksum
+from pipelines.reshard_copies import LeafCopies, host_copies
 from pipelines.reshard_host import HostTree, from_host, to_host
 from pipelines.reshard_links import ReshardError
 from pipelines.reshard_moving import BUDGET_BYTES, DEADLINE_SECONDS, free, move_pieces
@@ -137,6 +138,10 @@ class Reshard:
     def predicted(self) -> Predicted:
         return _predict(self.schedule, self._cluster)
 
+    @functools.cached_property
+    def _copies(self) -> list[LeafCopies]:
+        return host_copies(self.schedule)
+
     def run(self, tree: Any) -> Any:
         """Move a tree.
 
@@ -185,8 +190,11 @@ class Reshard:
 
     def _run_pieces(self, arrays: Sequence[Any]) -> list[jax.Array]:
         sources = [a if isinstance(a, jax.Array) else {} for a in arrays]
-        host = self.method == "host"
-        store = HostStore(self.schedule, sources) if host else DeviceStore(self.schedule, sources, self.budget_bytes)
+        store = (
+            HostStore(self.schedule, sources, self._copies)
+            if self.method == "host"
+            else DeviceStore(self.schedule, sources, self.budget_bytes)
+        )
         made = move_pieces(
             self.schedule,
             store,

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pipelines.reshard_copies import host_copies
 from pipelines.reshard_moving import BUDGET_BYTES, DEADLINE_SECONDS, free, move_pieces
 from pipelines.reshard_pieces import LeafMove, boxes, make_schedule, shardings_of
 from pipelines.reshard_stores import DeviceStore, HostStore, Values, aligned_empty
@@ -148,7 +149,11 @@ def from_host(
     else:
         devices = {d for move in schedule.moves for side in (move.source, move.target) for d in side.device_set}
         on_cpu = all(device.platform == "cpu" for device in devices)
-        store = HostStore(schedule, host.parts) if on_cpu else DeviceStore(schedule, host.parts, budget_bytes)
+        store = (
+            HostStore(schedule, host.parts, host_copies(schedule, share=False))
+            if on_cpu
+            else DeviceStore(schedule, host.parts, budget_bytes)
+        )
         arrived = forget if donate else None
     made = move_pieces(
         schedule,

@@ -5,31 +5,26 @@ arrays = move_pieces(schedule, HostStore(schedule, old), budget_bytes=2**28, ver
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import math
-import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from pipelines.reshard_checksums import MODULUS, part_checksum
+from pipelines.reshard_copies import THREADS
 from pipelines.reshard_links import ReshardError
-from pipelines.reshard_pieces import Box, Schedule, cut
+from pipelines.reshard_pieces import Schedule
 from pipelines.reshard_stores import DeviceStore, HostStore
 from pipelines.reshard_wire import Wire
 
 BUDGET_BYTES = 256 * 2**20
 DEADLINE_SECONDS = 300.0
-THREADS = max(1, min(8, (os.cpu_count() or 1) // 4))
-"""One core copies 5 to 15 GB/s, a third of what a few cores get from memory. Measured on 2 cores: a second thread makes
-it slower, by contention for pages and for the interpreter; with one, the caller's thread copies."""
-BLOCK_BYTES = 8 * 2**20
-"""What one of several threads copies at a time."""
-ALONE_BYTES = 2**20
-"""Leaves up to here are not worth a thread's start."""
-Copy = tuple[int, Any, tuple[Any, ...], Box]
+ALONE_BYTES = 4 * 2**20
+"""What is not worth a thread's start."""
 
 
 def move_pieces(
@@ -53,77 +48,70 @@ def move_pieces(
     Raises:
         ReshardError: another process is gone, stands still or moves something else; or a checksum differs.
     """
-    host = isinstance(store, HostStore)
-    parallel = host and THREADS > 1
-    by_leaf: list[list[int]] = [[] for _ in schedule.moves]
-    for number, piece in enumerate(schedule.pieces):
-        by_leaf[piece.leaf].append(number)
     sums = Sums(schedule, store) if verify else None
     made: list[jax.Array] = []
-    begun: list[list[concurrent.futures.Future[None]]] = []
-    ahead = 0
     with (
         concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
         Wire(schedule, store, sums, budget_bytes=budget_bytes, deadline_seconds=deadline_seconds) as wire,
     ):
-        for leaf, move in enumerate(schedule.moves):
-            # The threads have half of the budget ahead of them; a donated leaf waits for no more than that.
-            while len(begun) < len(by_leaf) and (len(begun) <= leaf or (parallel and ahead < budget_bytes / 2)):
-                limit = budget_bytes / 8 if not host else BLOCK_BYTES if THREADS > 1 else math.inf
-                copies = _copies(schedule, store, by_leaf[len(begun)], limit)
-                ahead += schedule.moves[len(begun)].nbytes
-                alone = not parallel or schedule.moves[len(begun)].nbytes <= ALONE_BYTES
-                begun.append(_begin(store, copies, None if alone else pool))
-            ahead -= move.nbytes
-            for future in begun[leaf]:
-                future.result()
-            begun[leaf] = []
-            wire.wait(leaf)
-            if sums is not None:
-                sums.before(leaf, by_leaf[leaf])
-            made.append(store.finish(leaf))
-            if sums is not None:
-                sums.after(leaf, by_leaf[leaf], made[-1])
-            if arrived is not None:
-                store.flush()
+        # Old arrays that are donated wait for no more than half of the budget.
+        for leaves in _groups(schedule, budget_bytes / 2 if arrived is not None else math.inf):
+            _carry_out(
+                [job for leaf in leaves for job in store.jobs(leaf)],
+                pool
+                if isinstance(store, HostStore) and sum(schedule.moves[i].nbytes for i in leaves) > ALONE_BYTES
+                else None,
+            )
+            for leaf in leaves:
+                wire.wait(leaf)
                 if sums is not None:
-                    sums.wait()  # an array that is still read keeps its memory when it is deleted
-                arrived(leaf)
+                    sums.before(leaf, schedule.of_leaf[leaf])
+                made.append(store.finish(leaf))
+                if sums is not None:
+                    sums.after(leaf, schedule.of_leaf[leaf], made[-1])
+                if arrived is not None:
+                    store.flush()
+                    if sums is not None:
+                        sums.wait()  # an array that is still read keeps its memory when it is deleted
+                    arrived(leaf)
         store.flush()
     if sums is not None:
         sums.compare()
     return made
 
 
-def _copies(schedule: Schedule, store: HostStore | DeviceStore, numbers: Sequence[int], limit: float) -> list[Copy]:
-    """(leaf, source, targets, box) within this process; large pieces are cut."""
-    here = jax.process_index()
-    copies: list[Copy] = []
-    for number in numbers:
-        piece = schedule.pieces[number]
-        itemsize = schedule.moves[piece.leaf].dtype.itemsize
-        ways = [
-            (device, (device,))
-            for device in piece.kept
-            if device.process_index == here and not store.stays(piece.leaf, device)
-        ]
-        ways += [(r.sender, r.receivers) for r in piece.routes if not r.crosses and r.sender.process_index == here]
-        if isinstance(store, HostStore):
-            ways = ways[:1]  # all who want it share the memory
-        if ways:
-            parts = cut(piece.box, itemsize, limit)
-            copies += [(piece.leaf, source, targets, part) for source, targets in ways for part in parts]
-    return copies
+def _groups(schedule: Schedule, limit: float) -> Iterable[list[int]]:
+    """Leaves in a row that come to no more than the limit, or single ones."""
+    group: list[int] = []
+    room = limit
+    for leaf, move in enumerate(schedule.moves):
+        if group and move.nbytes > room:
+            yield group
+            group, room = [], limit
+        group.append(leaf)
+        room -= move.nbytes
+    if group:
+        yield group
 
 
-def _begin(
-    store: HostStore | DeviceStore, copies: list[Copy], pool: concurrent.futures.Executor | None
-) -> list[concurrent.futures.Future[None]]:
-    if pool is not None:
-        return [pool.submit(store.copy, *copy) for copy in copies]
-    for copy in copies:
-        store.copy(*copy)
-    return []
+def _carry_out(jobs: Sequence[Callable[[], None]], pool: concurrent.futures.Executor | None) -> None:
+    """All jobs, by all threads of the pool while this one waits: were it busy, each copy would wait for the interpreter
+    at its end."""
+    left = collections.deque(jobs)
+
+    def work() -> None:
+        while True:
+            try:
+                job = left.popleft()
+            except IndexError:
+                return
+            job()
+
+    if pool is None:
+        work()
+    else:
+        for future in [pool.submit(work) for _ in range(THREADS)]:
+            future.result()
 
 
 def free(store: HostStore | DeviceStore, leaf: int, array: Any) -> None:
@@ -153,7 +141,7 @@ class Sums:
     def of_piece(self, number: int, device: Any) -> Any:
         """Checksum of a piece on a device that holds it."""
         piece = self._schedule.pieces[number]
-        held = self._store.boxes(piece.leaf, "source")[device]
+        held = self._schedule.held[piece.leaf][device]
         shape = self._schedule.moves[piece.leaf].shape
         return part_checksum(self._store.old(piece.leaf)[device], held, piece.box, shape)
 
@@ -181,7 +169,7 @@ class Sums:
     def after(self, leaf: int, numbers: Sequence[int], made: jax.Array) -> None:
         """Begin the checksums of the new shards."""
         shape = self._schedule.moves[leaf].shape
-        boxes = self._store.boxes(leaf, "target")
+        boxes = self._schedule.wanted[leaf]
         of_device: dict[Any, list[int]] = {}
         for number in numbers:
             piece = self._schedule.pieces[number]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -79,6 +80,7 @@ class Schedule:
         in_bytes, out_bytes: device -> bytes received and sent.
         crossing_in_bytes, crossing_out_bytes: the parts of them that go between processes.
         kept_bytes: over all devices.
+        held, wanted: leaf -> device -> box, before and after.
     """
 
     moves: tuple[LeafMove, ...]
@@ -88,6 +90,16 @@ class Schedule:
     crossing_in_bytes: dict[Any, int]
     crossing_out_bytes: dict[Any, int]
     kept_bytes: int
+    held: tuple[dict[Any, Box], ...]
+    wanted: tuple[dict[Any, Box], ...]
+
+    @functools.cached_property
+    def of_leaf(self) -> list[list[int]]:
+        """Leaf -> numbers of its pieces."""
+        numbers: list[list[int]] = [[] for _ in self.moves]
+        for number, piece in enumerate(self.pieces):
+            numbers[piece.leaf].append(number)
+        return numbers
 
     @property
     def sent_bytes(self) -> int:
@@ -106,10 +118,12 @@ class Schedule:
 
 def boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Any, Box]:
     """The part of an array that each device of a sharding holds, over all processes."""
-    return {
-        device: tuple((s.start or 0, n if s.stop is None else s.stop) for s, n in zip(index, shape, strict=True))
-        for device, index in sharding.devices_indices_map(shape).items()
-    }
+    return {device: box_of(index, shape) for device, index in sharding.devices_indices_map(shape).items()}
+
+
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """The box of an index of slices without steps, as shardings give them."""
+    return tuple((s.start or 0, n if s.stop is None else s.stop) for s, n in zip(index, shape, strict=True))
 
 
 def shardings_of(given: Any, structure: Any, paths: Sequence[str], what: str) -> list[Sharding]:
@@ -139,14 +153,18 @@ def make_schedule(moves: Iterable[LeafMove]) -> Schedule:
         ValueError: a sharding does not divide a leaf; the message names its path.
     """
     moves = tuple(moves)
-    known: dict[Any, list[tuple[Box, tuple[Any, ...], tuple[Any, ...]]]] = {}
+    known: dict[Any, tuple[Any, Any, Any]] = {}
     loads = _Loads()
     pieces, kept_bytes = [], 0
+    placed = []
     for i, move in enumerate(moves):
         key = (move.shape, move.source, move.target)
         if key not in known:
-            known[key] = _cut(move)
-        for box, holders, wants in known[key]:
+            old, new = _placed(move, "source"), _placed(move, "target")
+            known[key] = old, new, _cut(old, new)
+        *sides, common = known[key]
+        placed.append(sides)
+        for box, holders, wants in common:
             nbytes = math.prod(stop - start for start, stop in box) * move.dtype.itemsize
             held = set(holders)
             kept = tuple(d for d in wants if d in held)
@@ -165,6 +183,8 @@ def make_schedule(moves: Iterable[LeafMove]) -> Schedule:
         dict(loads.crossing_in),
         dict(loads.crossing_out),
         kept_bytes,
+        held=tuple(old for old, _ in placed),
+        wanted=tuple(new for _, new in placed),
     )
 
 
@@ -203,23 +223,26 @@ class _Loads:
         return Route(sender, tuple(receivers))
 
 
-def _cut(move: LeafMove) -> list[tuple[Box, tuple[Any, ...], tuple[Any, ...]]]:
+def _placed(move: LeafMove, side: str) -> dict[Any, Box]:
+    try:
+        return boxes(getattr(move, side), move.shape)
+    except ValueError as error:
+        raise ValueError(f"{move.path}: the {side} sharding does not fit shape {move.shape}: {error}") from None
+
+
+def _cut(held: dict[Any, Box], wanted: dict[Any, Box]) -> list[tuple[Box, tuple[Any, ...], tuple[Any, ...]]]:
     """(box, holders, devices that want it) of each piece."""
     sides = []
-    for what, sharding in (("source", move.source), ("target", move.target)):
-        try:
-            placed = boxes(sharding, move.shape)
-        except ValueError as error:
-            raise ValueError(f"{move.path}: the {what} sharding does not fit shape {move.shape}: {error}") from None
+    for placed in (held, wanted):
         groups: dict[Box, list[Any]] = {}
         for device, box in placed.items():
             groups.setdefault(box, []).append(device)
         sides.append(groups)
     old, new = sides
     found = []
-    for wanted, wants in new.items():
+    for wish, wants in new.items():
         for box, holders in old.items():
-            common = intersect(box, wanted)
+            common = intersect(box, wish)
             if common is not None:
                 found.append((common, tuple(holders), tuple(wants)))
     return found

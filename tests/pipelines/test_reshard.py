@@ -1,5 +1,7 @@
 """Moves between random meshes of 8 CPU devices: values, shardings, bytes, donation, and what is refused."""
 
+import math
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -9,11 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from pipelines import reshard_checksums, reshard_moving
+from pipelines import reshard_checksums, reshard_copies
 from pipelines.reshard import Reshard, ReshardError, from_host, reshard, to_host
 from pipelines.reshard_checksums import MODULUS, part_checksum
+from pipelines.reshard_copies import Copy, host_copies
 from pipelines.reshard_host import offload_bytes
 from pipelines.reshard_pieces import LeafMove, boxes, cut, make_schedule
+from pipelines.reshard_stores import DeviceStore
 from search.cluster import parse_cluster
 from search.reallocation import Leaf, ShardedTree, transfer
 from sharding_rules import DATA, FSDP, TENSOR, MeshShape, make_mesh
@@ -183,6 +187,52 @@ def test_donated_arrays_are_freed_and_what_stays_is_shared():
     np.testing.assert_array_equal(z, np.arange(64.0))
 
 
+def test_small_leaves_lie_in_one_buffer_and_larger_ones_shard_by_shard(monkeypatch):
+    devices = jax.devices()
+    rows = NamedSharding(make_mesh(MeshShape(fsdp=4), devices[:4]), P(FSDP))
+    grid = NamedSharding(make_mesh(MeshShape(fsdp=2, tensor=2), devices[:4]), P(FSDP, TENSOR))
+    x = np.arange(16 * 64, dtype=np.float32).reshape(16, 64)
+
+    def made(old, new, **options):
+        schedule = make_schedule([LeafMove("x", x.shape, x.dtype, old, new)])
+        return host_copies(schedule, **options)[0]
+
+    together = made(rows, grid)
+    assert together.buffers == (x.nbytes,)
+    assert sorted(offset for _, offset in together.places.values()) == [0, 1024, 2048, 3072]
+    assert [copy.source for copy in together.copies] == devices[:4]  # to two new shards each
+    assert all(copy.shape[:2] == (2, 4) for copy in together.copies)
+    # A shard that stays would keep its neighbours' memory: it is copied, unless all stay.
+    fewer = NamedSharding(make_mesh(MeshShape(fsdp=4), [devices[i] for i in (0, 1, 6, 7)]), P(FSDP))
+    assert not made(rows, fewer).stays
+    assert made(rows, rows).stays == set(devices[:4])
+    assert not made(rows, rows).copies
+    assert len(made(rows, rows, share=False).copies) == 4
+    monkeypatch.setattr(reshard_copies, "BLOCK_BYTES", 1024)
+    apart = made(rows, grid)
+    assert apart.buffers == (1024,) * 4
+    assert len(apart.copies) == 8
+    assert made(rows, fewer).stays == {devices[0], devices[1]}
+    for old, new in ((rows, grid), (rows, fewer)):
+        arrays = [jax.device_put(x, old)]
+        moved = reshard(arrays, new, donate=True)[0]
+        np.testing.assert_array_equal(moved, x)
+        assert moved.sharding == new
+
+
+@hypothesis.given(rows=st.integers(1, 40), row=st.integers(1, 5000))
+def test_copies_of_few_rows_are_cut_into_more_of_the_same_bytes(rows, row):
+    rng = np.random.default_rng(row)
+    old = rng.integers(0, 255, rows * (row + 3), dtype=np.uint8)
+    whole = Copy(None, 0, (rows,), np.dtype((np.void, row)), 2, (row + 3,), 1, (row + 1,))
+    cut_up = reshard_copies._in_short_rows(whole)
+    assert cut_up.row.itemsize * math.prod(cut_up.shape) == rows * row
+    made = [np.zeros(1 + rows * (row + 1), np.uint8) for _ in range(2)]
+    for copy, new in zip((whole, cut_up), made, strict=True):
+        copy.carry_out(np.concatenate([np.zeros(2, np.uint8), old]), new)
+    np.testing.assert_array_equal(*made)
+
+
 def test_a_move_can_be_repeated():
     devices = jax.devices()
     there = NamedSharding(make_mesh(MeshShape(fsdp=4), devices[:4]), P(FSDP))
@@ -239,14 +289,18 @@ def test_wrong_bytes_on_arrival_are_an_error(monkeypatch, method):
     old = NamedSharding(make_mesh(MeshShape(fsdp=2), devices[:2]), P(FSDP))
     tree = {"layers": [jax.device_put(np.arange(8.0, dtype=np.float32), old)]}
     target = SingleDeviceSharding(devices[3])
-    name = {"host": "HostStore", "device": "DeviceStore"}[method]
-    store = getattr(reshard_moving, name)
-    write = store.write
+    write, carry_out = DeviceStore.write, Copy.carry_out
 
-    def wrong(self, leaf, targets, box, values):
+    def wrong_write(self, leaf, targets, box, values):
         write(self, leaf, targets, box, np.asarray(values) + (box[0][0] == 4))
 
-    monkeypatch.setattr(store, "write", wrong)
+    def wrong_copy(self, old, new):
+        carry_out(self, old, new)
+        if self.write_at == 16:
+            new.view(np.float32)[4] += 1
+
+    monkeypatch.setattr(DeviceStore, "write", wrong_write)
+    monkeypatch.setattr(Copy, "carry_out", wrong_copy)
     with pytest.raises(ReshardError, match=r"layers/0 arrived on .* with other values"):
         reshard(tree, target, method=method)
     moved = reshard(tree, target, method=method, verify=False)
