@@ -245,6 +245,11 @@ class OpTimes:
         """
         ways_n, taken_nx = self.split(self.axes_nr, place, sizes_x)
         ways_a, taken_ax = self.split(self.array_axes_ar, place, sizes_x)
+        computed_nx = self._computed(self.axes_nr, place)
+        # What lies split between blocks only (sequence parallelism) is whole where a product splits another row.
+        whole_ax = taken_ax & ~self._computed(self.array_axes_ar, place) & computed_nx[self.array_op_a]
+        whole_ax &= self.product_n[self.array_op_a, None]
+        ways_a = ways_a / np.where(whole_ax, sizes_x, 1.0).prod(1)
         if self.gathered_a.any() and self.efficiency.own_experts:
             # Parts of experts compute all tokens of their devices, whole experts have room for them.
             if place.tensor > 1 and place.sequence:
@@ -255,10 +260,8 @@ class OpTimes:
         parts_ma = np.where(self.batched_a, counts_m[:, None], 1.0)
         moved_mn = np.stack([self._moved(ways_a * parts) for parts in parts_ma])
         # Of each mesh axis that splits a product, one of k, m, n and the batch of products gets it, in this order.
-        # What lies split between blocks only (sequence parallelism) is gathered where another row has the mesh axis.
         sizes_n3 = self.sizes_n3.copy()
         left_nx = taken_nx.copy()
-        computed_nx = self._computed(self.axes_nr, place)
         roles = ((2, self.contracted_nr), (0, self.lhs_nr & ~self.rhs_nr), (1, self.rhs_nr & ~self.lhs_nr))
         for column, incidence in roles:
             rows = incidence & ~self.contracted_nr if column != 2 else incidence
