@@ -127,39 +127,44 @@ def plans_of(loaded: Loaded) -> list[Plan]:
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """Why bytes differ where they are known to: over which axes, in which plans, at which share of the memory."""
+    """Why bytes differ where they are known to: over which axes, in which plans and programs."""
 
     axes: tuple[str, ...]
-    where: Callable[[Plan, float], bool]
+    where: Callable[[Plan, Traffic], bool]
     text: str
 
 
-FULL = 0.9
-"""Of the device's memory."""
 CAUSES = (
     Cause(
         ("tensor",),
-        lambda plan, full: "sequence" in plan.preset,
+        lambda plan, row: "sequence" in plan.preset,
         "with sequence parallelism XLA chooses which gathered activations it keeps for the gradients of weights and "
         "which it gathers again, and windowed products move pieces by permutes",
     ),
     Cause(
         ("fsdp", "context", "fsdp+context"),
-        lambda plan, full: plan.mesh.context > 1 and plan.mesh.fsdp > 1 and plan.mesh.data == 1,
+        lambda plan, row: plan.mesh.context > 1 and plan.mesh.fsdp > 1 and plan.mesh.data == 1,
         "XLA for TPUs and GPUs sums gradients in one all-reduce over fsdp and context and cuts them; the planner has a "
         "reduce-scatter over fsdp and an all-reduce over context",
     ),
     Cause(
-        ("fsdp",),
-        lambda plan, full: full > FULL,
-        "with the memory nearly full XLA does not keep the gathered table of the vocabulary but gathers it once more "
-        "(.remat in the compiled program)",
+        ("fsdp", "context", "tensor", "fsdp+context"),
+        lambda plan, row: abs(row.planned - (row.sent - row.again)) <= MOST_BYTES * row.sent,
+        "XLA does not keep what it gathered, having no memory for it, but gathers it once more (.remat in the program)",
     ),
     Cause(
         ("data",),
-        lambda plan, full: plan.optimizer_sharding and not plan.compiler_options,  # which plans for GPUs have none of
+        lambda plan, row: plan.optimizer_sharding and not plan.compiler_options,  # which plans for GPUs have none of
         "XLA for GPUs reduce-scatters gradients that the optimizer takes in shards; the planner has the all-reduce of "
         "XLA for TPUs",
+    ),
+    Cause(
+        ("data",),
+        lambda plan, row: (
+            plan.optimizer_sharding and row.counts.get("reduce_scatter", 0) > 1 and row.sent < row.planned
+        ),
+        "XLA for TPUs writes the sums of gradients that the optimizer takes in shards as reduce-scatters in the loop of "
+        "this program, and as all-reduces in the others",
     ),
 )
 
@@ -185,12 +190,11 @@ def words(plan: Plan) -> str:
     return " ".join([sizes, plan.remat, f"m{plan.microbatches}", *extra, *order])
 
 
-def bytes_off(plan: Plan, traffic: Iterable[Traffic], full: float) -> tuple[dict[str, Any], ...]:
+def bytes_off(plan: Plan, traffic: Iterable[Traffic]) -> tuple[dict[str, Any], ...]:
     """Sets of mesh axes whose planned bytes are not the compiled ones, with the cause, or None.
 
     Args:
         plan, traffic: of one verification.
-        full: share of the device's memory that the program takes.
     """
     rows = list(traffic)
     total = sum(max(row.sent, row.planned) for row in rows)
@@ -200,7 +204,7 @@ def bytes_off(plan: Plan, traffic: Iterable[Traffic], full: float) -> tuple[dict
         if larger < SMALL_SHARE * total or abs(row.planned - row.sent) <= MOST_BYTES * row.sent:
             continue
         axes = "+".join(row.axes)
-        why = [cause.text for cause in CAUSES if axes in cause.axes and cause.where(plan, full)]
+        why = [cause.text for cause in CAUSES if axes in cause.axes and cause.where(plan, row)]
         out.append({"axes": axes, "sent": row.sent, "planned": row.planned, "cause": why[0] if why else None})
     return tuple(out)
 
@@ -227,7 +231,7 @@ def compare(case: Case, check: Callable[[Loaded, Plan], Verification], tell: Cal
             found.planned_bytes / 2**30,
             found.bytes["total"] / 2**30,
             found.fits,
-            bytes_off(plan, found.traffic, found.bytes["total"] / found.usable_bytes),
+            bytes_off(plan, found.traffic),
         )
         rows.append(row)
         seconds = f"{1e3 * found.seconds:7.0f} ms" if found.seconds else "no program"

@@ -34,6 +34,7 @@ from search.workload import Workload, workload_of
 from sharding_rules import (
     AXES,
     FSDP,
+    TENSOR,
     ExpertsCall,
     Layout,
     MeshShape,
@@ -65,6 +66,7 @@ class _ParamClass:
     optimizer_bytes: int
     region: ParamRegion
     sums: float
+    apart: float  # the same where uses of one parameter are summed one by one
 
 
 def _routed(layout: Layout) -> Routed | None:
@@ -252,10 +254,10 @@ class TracedModel:
                 regular = False
         found: dict[Any, _ParamClass] = {}
         regions = param_regions(layout, self.repeats)
-        sums = gradient_sums(layout, merges=self.merges)
+        sums, apart = (gradient_sums(layout, merges=merges) for merges in (self.merges, False))
         trained = jax.tree.leaves(trainable(layout.traced.arg(layout.params)))
         inputs = layout.table.inputs(layout.params)
-        for path, dims, region, summed, moves in zip(paths, inputs, regions, sums, trained, strict=True):
+        for path, dims, region, summed, each, moves in zip(paths, inputs, regions, sums, apart, trained, strict=True):
             leaf = params[path]
             rows = [[layout.rows.of(axis) for axis in leaves(dim)] for dim in dims]
             names = tuple(
@@ -263,7 +265,7 @@ class TracedModel:
                 for rs, d in zip(rows, dims, strict=True)
             )
             segmented = any(axis.segments is not None for dim in dims for axis in leaves(dim))
-            key = (names, leaf.dtype, moves, optimizer.get(path, 0), path if segmented else "", region, summed)
+            key = (names, leaf.dtype, moves, optimizer.get(path, 0), path if segmented else "", region, summed, each)
             trips = math.prod(r.size for dim in rows for r in dim if r is not None and r.role == "layers")
             made = found.get(key)
             found[key] = (
@@ -280,6 +282,7 @@ class TracedModel:
                     optimizer.get(path, 0),
                     region,
                     summed,
+                    each,
                 )
             )
         return list(found.values()), not regular
@@ -289,7 +292,7 @@ class TracedModel:
 
         A parameter that is used before and after the layers is on the last stage, and with several also on the first.
         """
-        key = (inner.tensor, inner.context, inner.expert, fsdp, inner.stage > 1)
+        key = (inner.tensor, inner.context, inner.expert, fsdp, inner.stage > 1, inner.sequence)
         if key in self._kept:
             return self._kept[key]
         mesh = dataclasses.replace(inner.mesh(fsdp), stage=1)
@@ -307,7 +310,9 @@ class TracedModel:
                 optimizer_r[REGIONS.index(region)] += held * c.optimizer_bytes
             split = tuple(axis for axis in AXES if any(axis in entry for entry in compute.entries))
             gathered = any(FSDP in entry for entry in rest.entries) and FSDP not in split
-            use = (split, gathered, c.trips, c.trained and self.training, c.itemsize, c.sums, regions[0])
+            # XLA does not merge the sums of a tied table whose uses have different tokens on the members of tensor.
+            sums = c.apart if inner.sequence and inner.tensor > 1 and TENSOR not in split else c.sums
+            use = (split, gathered, c.trips, c.trained and self.training, c.itemsize, sums, regions[0])
             traffic[use] = traffic.get(use, 0.0) + c.count * c.elements * c.itemsize
         if self._whole_optimizer:
             full = self.layout.on(mesh, inner.preset(fsdp))

@@ -67,6 +67,9 @@ class _Product:
         weight, keys: which operand (0 or 1) is the weight, and the keys or values of attention.
         segments: of each concatenation in the weight, the rows inside and the number of segments.
         called: of a call of `experts`, whose rows are counted as tokens.
+        wide: how many times wider than other activations the one is that it takes, and its gradient (a router's, in
+            float32); what is gathered is so before it is cast.
+        merges: whether its input's gradient is summed with those of other products.
         again: how often it is repeated, per rematerialisation.
     """
 
@@ -81,6 +84,8 @@ class _Product:
     segments: tuple[tuple[int, int], ...]
     ragged: bool
     called: bool
+    wide: int
+    merges: bool
     batch: int
     region: Region
     trips: int
@@ -134,7 +139,8 @@ class ActivationTraffic:
         layout: of the model, on any mesh.
         works: rematerialisation -> workload.
         activation_width: bytes of an element.
-        merges: whether products of one activation share the sum of its gradient.
+        merges: whether products of one activation share the sum of its gradient. Those of one that goes to experts
+            too do not: the experts' sum stands between theirs.
     """
 
     def __init__(self, layout: Layout, works: Mapping[Any, Workload], *, activation_width: int, merges: bool):
@@ -149,6 +155,7 @@ class ActivationTraffic:
         self._outside_experts = self._rows_outside_experts()
         self._inside = {row.name: self._rows([(axis,) for axis in row.axes]) for row in layout.rows.rows}
         calls = [c.operands for c in layout.table.calls.values() if isinstance(c.call, ExpertsCall)]
+        self._dispatched = {id(operands[0]) for operands in calls}
         self._chosen = max((shape_of(operands[1])[-1] for operands in calls), default=0)
         """Experts per token, of calls of `experts`."""
         layers = count_layers(layout)
@@ -215,6 +222,7 @@ class ActivationTraffic:
         called = c.kind == "ragged" and self._chosen > 0
         if called:
             lhs, out = (dataclasses.replace(x, elements=x.elements // self._chosen) for x in (lhs, out))
+        activation = None if weight is None else (c.rhs_key, c.lhs_key)[weight]
         return _Product(
             lhs=lhs,
             rhs=rhs,
@@ -227,6 +235,8 @@ class ActivationTraffic:
             segments=tuple(inside),
             ragged=c.kind == "ragged",
             called=called,
+            wide=max(1, _itemsize(activation) // self.activation_width),
+            merges=self.merges and id(activation) not in self._dispatched,
             batch=self._rows(c.batch),
             region=region,
             trips=c.trips,
@@ -282,7 +292,8 @@ class ActivationTraffic:
                     scattered = axis == TENSOR and bool(split.spilled & p.out.rows)
                     kind = "reduce_scatter" if scattered else "all_reduce"
                     add(kind, axis, p.out, "forward")
-                    add(kind, axis, p.out, "backward", p.again)
+                    if not p.called:  # tokens alone are kept of a call: its backward pass needs no sum of its results
+                        add(kind, axis, p.out, "backward", p.again)
                     if scattered:
                         add("all_gather", axis, p.out, "backward")
                 elif split.axes(made, weight) & bit and not split.axes(x.rows) & bit:
@@ -293,9 +304,10 @@ class ActivationTraffic:
                         add("all_gather", axis, x, "forward")
                         if p.trips > 1:
                             add("all_gather", axis, x, "backward")
-                    if p.trained and (first or not self.merges):
-                        for _ in range(1 if self.merges else parts):
-                            add("reduce_scatter" if scattered else "all_reduce", axis, x, "backward")
+                    if p.trained and (first or not p.merges):
+                        wide = dataclasses.replace(x, elements=x.elements * p.wide)
+                        for _ in range(1 if p.merges else parts):
+                            add("reduce_scatter" if scattered else "all_reduce", axis, wide, "backward")
             if parts > 1:
                 # Shards are contiguous, each part is split by itself: what is elsewhere moves, at least so much.
                 part = dataclasses.replace(p.operand(p.weight), elements=p.operand(p.weight).elements // parts)
@@ -367,6 +379,10 @@ class ActivationTraffic:
         if scattered and op.phase == "forward":
             key = ("all_gather", TENSOR, float(op.bytes), split.axes(op.made), "backward", True, op.region)
             found.count(key, counts)
+
+
+def _itemsize(var: Var | None) -> int:
+    return 0 if var is None else int(var.aval.dtype.itemsize)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Flows:

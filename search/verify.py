@@ -49,6 +49,7 @@ class Traffic:
         sent: bytes that a device sends: with n members and a buffer of V bytes, (n-1)/n V for an all-gather, a
             reduce-scatter and an all-to-all, twice that for an all-reduce, V for a permute.
         planned: the same by the planner.
+        again: of `sent`, what the compiler sends once more than the program does, as the memory has no room to keep it.
         asynchronous: of `sent`, what runs beside compute.
         seconds: on the links, hidden or not (analytic).
     """
@@ -57,6 +58,7 @@ class Traffic:
     counts: Mapping[str, int]
     sent: float
     planned: float
+    again: float
     asynchronous: float
     seconds: float
 
@@ -276,14 +278,15 @@ def traffic(found: list[hlo.Collective], model: Model, plan: Plan) -> tuple[Traf
     rows = []
     for axes, group in groups.items():
         counts: dict[str, int] = {}
-        sent = asynchronous = seconds = 0.0
+        sent = again = asynchronous = seconds = 0.0
         for c in group:
             counts[c.kind] = counts.get(c.kind, 0) + c.times
             moved = c.times * sent_bytes(c.kind, c.bytes, c.size)
             sent += moved
+            again += moved * (".remat" in c.name)
             asynchronous += moved * c.asynchronous
             seconds += c.times * float(collective_seconds(model.costs.cluster, c.kind, c.bytes, c.sizes, c.strides))
-        rows.append(Traffic(axes, counts, sent, planned.get(axes, 0.0), asynchronous, seconds))
+        rows.append(Traffic(axes, counts, sent, planned.get(axes, 0.0), again, asynchronous, seconds))
     return tuple(sorted(rows, key=lambda row: -max(row.sent, row.planned)))
 
 
@@ -305,7 +308,9 @@ def unplanned(rows: Sequence[Traffic], found: Sequence[hlo.Collective]) -> list[
                 times[text] += c.times
         lines = [f"{times[text]} x {text}" for text in sorted(alike, key=lambda text: -alike[text])[:3]]
         out.append(
-            f"over {over} a device sends {row.sent / GIB:.2f} GiB, planned {row.planned / GIB:.2f}; most of it: "
+            f"over {over} a device sends {row.sent / GIB:.2f} GiB, planned {row.planned / GIB:.2f}"
+            + (f" ({row.again / GIB:.2f} GiB a second time, for want of memory)" if row.again else "")
+            + "; most of it: "
             + "; ".join(lines)
         )
     return out
