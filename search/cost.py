@@ -134,6 +134,7 @@ class CostModel:
         efficiency: constants; default those that the cluster's file has measured.
         layers: number of repeated layers of the model, for pipelines.
         routed: rows of calls of `experts`, where there are some.
+        stored_width: bytes of an element of a stored parameter; 0 for that of the products' dtype.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class CostModel:
         efficiency: Efficiency | None = None,
         layers: int = 1,
         routed: Routed | None = None,
+        stored_width: int = 0,
     ):
         self.remats: tuple[Remat, ...] = tuple(works)
         self.row_names = tuple(next(iter(works.values())).rows)
@@ -160,6 +162,9 @@ class CostModel:
         self.model_flops = min(work.product_flops for work in works.values())
         by_dtype = {k: v for k, v in works[self.remats[0]].flops_by("dtype").items() if k in DTYPES}
         self.dtype = max(by_dtype, key=lambda name: by_dtype[name], default="bfloat16")
+        width = {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        self.cast = min(width / stored_width, 1.0) if stored_width else 1.0
+        """Bytes of parameters as products take them, over those of stored ones."""
 
     def on(self, cluster: Cluster, efficiency: Efficiency | None = None) -> CostModel:
         """The same work on other machines, or with other constants."""
@@ -235,7 +240,8 @@ class CostModel:
         state_n = np.where(columns.offloads("optimizer"), 2 * held_3n[STATE] / data / self.host_bandwidth, 0.0)
         return StepSeconds(
             compute=m * pick(one.compute_pkn.sum(0))
-            + np.where(m > 1, self.efficiency.gradient_passes * m * held_3n[GRADIENTS] / self.bandwidth, 0.0),
+            + np.where(m > 1, self.efficiency.gradient_passes * m * held_3n[GRADIENTS] / self.bandwidth, 0.0)
+            + self._copied_weights(held_3n[PARAMS], m, columns.flags("optimizer_sharding")) / self.bandwidth,
             exposed={axis: exposed_xn[i] for i, axis in enumerate(AXES)},
             hidden=m * pick(hidden_pkn.sum(0) + one.beside_xkn.sum(0)) + worst(one.step_hidden_xkn.sum(0)),
             bubble=bubble,
@@ -273,13 +279,17 @@ class CostModel:
                 seconds, volume = np.where(kept, 0.0, seconds), np.where(kept, 0.0, volume)
             credit_xn = _credit(flow, sizes)
             region = REGIONS.index(flow.region)
+            sums = flow.hides and flow.kind != "all_gather" and STAGE not in flow.axes
+            alone = self.efficiency.sums_waited if sums else 0.0
             if flow.phase == "step":
-                (step_hidden if flow.hides else step_exposed)[region] += credit_xn * seconds
+                (step_hidden if flow.hides else step_exposed)[region] += credit_xn * seconds * (1 - alone)
+                step_exposed[region] += credit_xn * seconds * alone
                 step_moved[region] += credit_xn * volume
             else:
                 into = hidden if self._hides(flow) else exposed
                 waited = self._waited(flow, sizes)
-                into[int(flow.phase == "backward"), region] += credit_xn * seconds * waited
+                into[int(flow.phase == "backward"), region] += credit_xn * seconds * waited * (1 - alone)
+                exposed[int(flow.phase == "backward"), region] += credit_xn * seconds * waited * alone
                 beside[region] += credit_xn * seconds * (1 - waited)
                 moved[region] += credit_xn * volume
 
@@ -380,6 +390,13 @@ class CostModel:
             stages_3kn = np.einsum("kr,prn->pkn", place.stage_weights(vocab), place.held[:, :, columns.fsdp[here]])
             out[:, here] = _Picker(stages_3kn.sum(0).argmax(0))(stages_3kn)
         return out
+
+    def _copied_weights(self, params_n: Floats, m: Floats, sharded: Bools) -> Floats:
+        """Bytes that a device's own parameters move per step besides what products and the optimizer do."""
+        attained = self.efficiency
+        casts = attained.weight_casts * (1 + self.cast) * (self.cast < 1)
+        copies = attained.weight_copies * 2 * self.cast * m
+        return params_n * (casts + copies + attained.update_copies * 2 * sharded) * self.trains
 
     def update_bytes(self, place: Placement, columns: Columns) -> Floats:
         """Bytes that the optimizer's step moves on a device."""

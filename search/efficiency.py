@@ -60,6 +60,11 @@ class Efficiency:
             kernels that read through an index, and gathers fused into what reads them, move fewer.
         matrix_copies: times that experts' matrices which are gathered over devices, and their gradients, are copied
             into another order: a kernel takes them in its own, where XLA's products take what a gather leaves.
+        weight_casts: 1 where parameters that lie wider than they compute are cast once per step, on their own device.
+        weight_copies: times that a device's own part of a layer's weights, and of their gradient, is copied out of the
+            array of all layers and into it, per microbatch: XLA's loops do it where products do not read through it.
+        update_copies: times that parameters are copied when the optimizer's shards have been gathered (ZeRO-1): XLA for
+            TPUs copies what it is given and what it returns, as these share memory.
         own_experts: 1 where experts of a device's own are computed as `pipelines.experts` does: see `search.op_times`.
         room_for_all: share of the room for the tokens of all devices in its arrays that is moved besides the part that
             is filled; XLA for GPUs fuses what reads them.
@@ -74,6 +79,8 @@ class Efficiency:
         kernels_cover, loops_cover: share of the kernels (attention, experts) and of the loops that collectives may run
             behind, beside XLA's products: 1 where they have streams of their own; XLA for TPUs runs them within the
             fusions of products, and of few others.
+        sums_waited: share of the sums of gradients that is waited for: of each iteration of a loop the last have
+            nothing left to run behind.
         sums_behind_weights: 1 where all-reduces of the backward pass (gradients of inputs, over tensor) run behind the
             products of the weights' gradients, which do not wait for them: XLA's scheduler for GPUs does it.
         in_pieces: 1 where those over tensor and context run as a ring, one piece per member, each piece behind the
@@ -99,6 +106,9 @@ class Efficiency:
     stack_traffic: float = 0.0
     routed_traffic: float = 1.0
     matrix_copies: float = 0.0
+    weight_casts: float = 0.0
+    weight_copies: float = 0.0
+    update_copies: float = 0.0
     own_experts: float = 0.0
     room_for_all: float = 0.0
     gradient_passes: float = 3.0
@@ -107,6 +117,7 @@ class Efficiency:
     unhidden: float = 1.0
     kernels_cover: float = 1.0
     loops_cover: float = 1.0
+    sums_waited: float = 0.0
     sums_behind_weights: float = 0.0
     in_pieces: float = 0.0
     links: float = 1.0

@@ -127,6 +127,7 @@ class TracedModel:
             efficiency=efficiency or _attained(cluster),
             layers=self.repeats,
             routed=_routed(self.layout),
+            stored_width=_itemsize(param_dtype),
         )
         self.layers = self._stageable()
         arrays = jax.tree.leaves(traced.arg("batch"))

@@ -90,6 +90,9 @@ COMPILED: dict[str, dict[str, float]] = {
         "own_experts": 1.0,
         "routed_traffic": 0.19,
         "matrix_copies": 3.0,
+        "weight_casts": 1.0,
+        "weight_copies": 3.5,
+        "sums_waited": 0.86,
         "sums_behind_weights": 1.0,
     },
     "tpu": {
@@ -100,6 +103,8 @@ COMPILED: dict[str, dict[str, float]] = {
         "room_for_all": 0.42,
         "routed_traffic": 0.43,
         "matrix_copies": 3.0,
+        "weight_casts": 1.0,
+        "update_copies": 2.0,
         "kernels_cover": 0.0,
         "loops_cover": 0.3,
     },
