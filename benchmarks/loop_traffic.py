@@ -11,7 +11,10 @@ schedules (`search.roofline`) of models whose order no benchmark here compares, 
 `unhidden` is the share of the gathers and scatters of sequence parallelism that those schedules wait for. Of a mixture
 of experts, `routed_traffic` is what sorting tokens by experts and back moves of what the model writes out, and
 `matrix_copies` how often gathered matrices of experts are copied: what is left of the memory's seconds when all else is
-taken off, over plans with tensor 1, 2 and 4, which have more of the first and less of the second.
+taken off, over plans with tensor 1, 2 and 4, which have more of the first and less of the second. Of parameters that a
+device has to itself, `weight_copies` (GPUs) is what the memory's seconds grow by with data parallelism beyond the cast
+and the optimizer, `update_copies` (TPUs) what copies grow by with ZeRO-1, and `sums_waited` (GPUs) the share of the
+sums of gradients that schedules wait for.
 
 Bar: of each accelerator and of all of a kind, the constants in `redco_like/validation/fit.py` are within a fifth of
 those found. The last line is JSON; exit 1 on a missed bar.
@@ -64,6 +67,18 @@ PLANS: tuple[dict[str, Any], ...] = tuple(
 SEQUENCE: tuple[dict[str, Any], ...] = tuple(
     {"tensor": tensor, "data": 1, "context": 1, "expert": 1, "sequence": True} for tensor in (2, 4)
 )
+HELD: tuple[dict[str, Any], ...] = tuple(
+    {
+        "tensor": 1,
+        "context": 1,
+        "expert": 1,
+        "remat": "dots",
+        "microbatches": 1,
+        "data": data,
+        "optimizer_sharding": zero,
+    }
+    for data, zero in ((1, False), (4, False), (4, True), (8, False), (8, True))
+)
 TIMES = ("seconds", "exposed_seconds")
 
 
@@ -82,6 +97,89 @@ class Point:
     waited: float
     routed: float = 0.0
     matrices: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Of one plan: seconds of copying a device's own parameters once, as products take them and as they are stored;
+    compiled, seconds of the memory beyond casts and the optimizer, and of copies alone; and of the sums of gradients.
+    """
+
+    plan: str
+    sharded: bool
+    own: float
+    stored: float
+    memory: float
+    copies: float
+    sums: float
+    waited: float
+
+
+def held(loaded: Loaded, check: Callable[[Loaded, Plan], Compiled], tell: Callable[[str], None]) -> list[Held]:
+    """Compile plans of one model that differ in what a device has to itself."""
+    from search import Space, hlo, solve
+    from search.cost import PARAMS
+    from search.costing import candidate
+    from search.roofline import MEMORY_SHARE, step_seconds
+    from sharding_rules import DATA, FSDP, PlanError
+
+    costs, out = loaded.model.costs, []
+    bandwidth = MEMORY_SHARE * loaded.cluster.accelerator.memory_bytes_per_second
+    for fix in HELD:
+        try:
+            best = solve(Space(loaded.model, loaded.cluster, fix=fix), runners_up=0).best
+        except PlanError:
+            continue
+        program = check(loaded, best.plan) if best is not None else None
+        if best is None or program is None or not program.hlo:
+            continue
+        place, columns = candidate(loaded.model, best.plan)
+        stored = float(costs.held(place, columns)[PARAMS, 0]) / bandwidth
+        once = float(costs.update_bytes(place, columns)[0]) / bandwidth + (1 + costs.cast) * stored * (costs.cast < 1)
+        time_ = step_seconds(hlo.parse(program.hlo), loaded.cluster, best.plan.mesh, order=best.plan.order)
+        parts = time_.compute_seconds
+        sums = [
+            taken
+            for taken in time_.collectives
+            if taken.collective.kind in ("reduce_scatter", "all_reduce") and {*taken.collective.axes} <= {DATA, FSDP}
+        ]
+        point = Held(
+            f"{best.plan.mesh}{' zero1' if fix['optimizer_sharding'] else ''}",
+            fix["optimizer_sharding"],
+            2 * costs.cast * stored,
+            2 * stored,
+            sum(parts.get(kind, 0.0) for kind in ("memory", "copy", "prefetch")) - once,
+            parts.get("copy", 0.0),
+            *(sum(getattr(taken, name) * taken.collective.times for taken in sums) for name in TIMES),
+        )
+        tell(
+            f"  own {1e3 * point.own:5.1f} ms  memory {1e3 * point.memory:5.0f} ms  copies {1e3 * point.copies:4.1f} ms"
+            f"  sums {1e3 * point.sums:4.1f} ms, waited {1e3 * point.waited:4.1f}  {point.plan}"
+        )
+        out.append(point)
+    return out
+
+
+def fitted_held(groups: list[list[Held]]) -> dict[str, float]:
+    """Constants of what a device has to itself, from the plans of some models."""
+    import numpy as np
+
+    own, memory, stored, copies = [], [], [], []
+    for group in groups:
+        base, plain = group[0], {p.plan: p for p in group if not p.sharded}
+        for p in group[1:]:
+            if not p.sharded:
+                own.append(p.own - base.own)
+                memory.append(p.memory - base.memory)
+            elif (same := plain.get(p.plan.removesuffix(" zero1"))) is not None:
+                stored.append(p.stored)
+                copies.append(p.copies - same.copies)
+    every = [p for group in groups for p in group]
+    return {
+        "weight_copies": float(np.dot(own, memory) / np.dot(own, own)),
+        "update_copies": float(np.dot(stored, copies) / np.dot(stored, stored)),
+        "sums_waited": sum(p.waited for p in every) / max(sum(p.sums for p in every), 1e-12),
+    }
 
 
 def points(
@@ -183,6 +281,7 @@ def main(options: argparse.Namespace) -> int:
     start = time.monotonic()
     found: dict[str, list[Point]] = {}
     routed: dict[str, list[tuple[float, float]]] = {}
+    alone: dict[str, list[list[Held]]] = {}
     cases = [
         case for case in (*CASES, *EXPERTS) if not options.only or {case[0], case[2].split(":")[0]} & {*options.only}
     ]
@@ -206,6 +305,7 @@ def main(options: argparse.Namespace) -> int:
             print(f"  routed_traffic {pair[0]:.2f}, matrix_copies {pair[1]:.1f}", flush=True)
             routed.setdefault(name, []).append(pair)
             continue
+        alone.setdefault("gpu" if name == "gpu" else "tpu", []).append(held(loaded, check, tell))
         mine = points(loaded, check, tell)
         for key in {name, "gpu" if name == "gpu" else "tpu"}:
             found.setdefault(key, []).extend(mine)
@@ -233,6 +333,13 @@ def main(options: argparse.Namespace) -> int:
         passed &= all(abs(values[name] - value) <= MOST_OFF * max(values[name], value) for name, value in used.items())
         rounded = {name: round(float(value), 3) for name, value in values.items()}
         experts[kind] = {**rounded, "used": used, "each": pairs}
+    own = {}
+    for kind, groups in alone.items():
+        values = fitted_held([group for group in groups if len(group) > 1])
+        used = {name: COMPILED[kind][name] for name in values if name in COMPILED[kind]}
+        passed &= all(abs(values[name] - value) <= MOST_OFF * max(values[name], value) for name, value in used.items())
+        own[kind] = {**{name: round(value, 3) for name, value in values.items()}, "used": used}
+        print(f"{kind}: {own[kind]}", flush=True)
     print(
         json.dumps(
             {
@@ -242,6 +349,7 @@ def main(options: argparse.Namespace) -> int:
                 "seconds": round(time.monotonic() - start),
                 "kinds": kinds,
                 "experts": experts,
+                "own": own,
                 "rows": [
                     {"kind": kind, **dataclasses.asdict(p)}
                     for kind, mine in found.items()

@@ -163,8 +163,8 @@ CAUSES = (
         lambda plan, row: (
             plan.optimizer_sharding and row.counts.get("reduce_scatter", 0) > 1 and row.sent < row.planned
         ),
-        "XLA for TPUs writes the sums of gradients that the optimizer takes in shards as reduce-scatters in the loop of "
-        "this program, and as all-reduces in the others",
+        "XLA for TPUs writes the sums of gradients that the optimizer takes in shards as reduce-scatters in the loop "
+        "of this program, and as all-reduces in the others",
     ),
 )
 

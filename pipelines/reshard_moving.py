@@ -54,14 +54,11 @@ def move_pieces(
         concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
         Wire(schedule, store, sums, budget_bytes=budget_bytes, deadline_seconds=deadline_seconds) as wire,
     ):
-        # Old arrays that are donated wait for no more than half of the budget.
-        for leaves in _groups(schedule, budget_bytes / 2 if arrived is not None else math.inf):
-            _carry_out(
-                [job for leaf in leaves for job in store.jobs(leaf)],
-                pool
-                if isinstance(store, HostStore) and sum(schedule.moves[i].nbytes for i in leaves) > ALONE_BYTES
-                else None,
-            )
+        # Old arrays that are donated, and what checksums take, wait for no more than half of the budget.
+        together = math.inf if arrived is None and sums is None else budget_bytes / 2
+        for leaves in _groups(schedule, together):
+            several = isinstance(store, HostStore) and sum(schedule.moves[i].nbytes for i in leaves) > ALONE_BYTES
+            _carry_out([job for leaf in leaves for job in store.jobs(leaf)], pool if several else None)
             for leaf in leaves:
                 wire.wait(leaf)
                 if sums is not None:
@@ -74,6 +71,8 @@ def move_pieces(
                     if sums is not None:
                         sums.wait()  # an array that is still read keeps its memory when it is deleted
                     arrived(leaf)
+            if sums is not None:
+                sums.wait()
         store.flush()
     if sums is not None:
         sums.compare()

@@ -241,7 +241,7 @@ class CostModel:
         return StepSeconds(
             compute=m * pick(one.compute_pkn.sum(0))
             + np.where(m > 1, self.efficiency.gradient_passes * m * held_3n[GRADIENTS] / self.bandwidth, 0.0)
-            + self._copied_weights(held_3n[PARAMS], m, columns.flags("optimizer_sharding")) / self.bandwidth,
+            + self.copied_bytes(place, columns) / self.bandwidth,
             exposed={axis: exposed_xn[i] for i, axis in enumerate(AXES)},
             hidden=m * pick(hidden_pkn.sum(0) + one.beside_xkn.sum(0)) + worst(one.step_hidden_xkn.sum(0)),
             bubble=bubble,
@@ -391,12 +391,13 @@ class CostModel:
             out[:, here] = _Picker(stages_3kn.sum(0).argmax(0))(stages_3kn)
         return out
 
-    def _copied_weights(self, params_n: Floats, m: Floats, sharded: Bools) -> Floats:
+    def copied_bytes(self, place: Placement, columns: Columns) -> Floats:
         """Bytes that a device's own parameters move per step besides what products and the optimizer do."""
         attained = self.efficiency
         casts = attained.weight_casts * (1 + self.cast) * (self.cast < 1)
-        copies = attained.weight_copies * 2 * self.cast * m
-        return params_n * (casts + copies + attained.update_copies * 2 * sharded) * self.trains
+        copies = attained.weight_copies * 2 * self.cast * columns.microbatches
+        gathered = attained.update_copies * 2 * columns.flags("optimizer_sharding")
+        return self.held(place, columns)[PARAMS] * (casts + copies + gathered) * self.trains
 
     def update_bytes(self, place: Placement, columns: Columns) -> Floats:
         """Bytes that the optimizer's step moves on a device."""

@@ -15,7 +15,7 @@ from tiny_architectures import tiny
 from redco_like.problem import load_problem
 from search.cluster import parse_cluster
 from search.collectives import collective_seconds
-from search.cost import Columns, CostModel, Flow, Placement
+from search.cost import Columns, CostModel, Flow, Placement, Variant
 from search.costing import memory_parts
 from search.efficiency import Efficiency
 from search.memory import step_bytes
@@ -475,3 +475,86 @@ def test_sums_of_input_gradients_run_behind_the_weights_gradients(phase, kind, w
     found = costs.seconds(place, columns())
     assert found.collectives["tensor"][0] > 0
     assert (found.exposed["tensor"][0] > 0) == waits
+
+
+def test_products_read_whole_what_sequence_parallelism_splits_between_blocks():
+    model = model_of("llama_scanned")
+    ops = model.costs.ops[model.costs.remats.index("none")]
+    plain, sequence = (
+        ops.seconds(
+            placed(model, tensor=4, batch_shards=2, sequence=split), shares(tensor=4, fsdp=2), np.ones(1)
+        ).bytes[0]
+        for split in (False, True)
+    )
+    np.testing.assert_allclose(sequence[ops.product_n], plain[ops.product_n], rtol=1e-12)
+    loops = np.isin(ops.kind_n, ("elementwise", "reduce"))
+    assert sequence[loops].sum() < plain[loops].sum()
+
+
+@pytest.mark.parametrize("kind, phase, waits", [("all_gather", "forward", 0), ("reduce_scatter", "backward", 0.86)])
+def test_a_share_of_the_sums_of_gradients_is_waited_for(kind, phase, waits):
+    flow = Flow(kind, (FSDP,), 1e6, (), phase, True, False, {"": 1.0})
+    place = by_hand(flows=(flow,), batch_shards=8, fsdp_sizes=(8,))
+    op = dataclasses.replace(one_product().ops[0], phase=phase)
+    efficiency = Efficiency(sums_waited=0.86, overlap_slowdown=1.0)
+    costs = CostModel(CLUSTER, {"none": Workload((op,), one_product().rows)}, efficiency=efficiency)
+    found = costs.seconds(place, columns())
+    assert found.collectives[FSDP][0] > 0
+    np.testing.assert_allclose(found.exposed[FSDP], waits * found.collectives[FSDP])
+
+
+@pytest.mark.parametrize(
+    "constant, passes",
+    [({"weight_casts": 1.0}, 4 + 2), ({"weight_copies": 3.0}, 2 * 3 * 2 * 2), ({"update_copies": 2.0}, 2 * 2 * 4)],
+)
+def test_own_weights_are_cast_and_copied(constant, passes):
+    """Bytes per element of float32 parameters that compute in bfloat16, with two microbatches and ZeRO-1."""
+    held = np.zeros((3, 3, 1))
+    held[0, 1] = 4e6
+    place = dataclasses.replace(by_hand(batch_shards=2), held=held)
+    works = {"none": Workload((dataclasses.replace(one_product().ops[0], phase="backward"),), one_product().rows)}
+    sharded = dataclasses.replace(columns(microbatches=2), variants=(Variant(optimizer_sharding=True),))
+    without, with_ = (
+        CostModel(CLUSTER, works, efficiency=Efficiency(**found), stored_width=4).seconds(place, sharded).compute[0]
+        for found in ({}, constant)
+    )
+    np.testing.assert_allclose(with_ - without, 1e6 * passes / (0.85 * 2039e9), rtol=1e-9)
+    as_stored = CostModel(CLUSTER, works, efficiency=Efficiency(weight_casts=1.0), stored_width=2)
+    assert as_stored.seconds(place, sharded).compute[0] == without
+
+
+def tensor_sums(name, **changes):
+    """Bytes of the all-reduces over tensor of 4, by pass, largest first."""
+    found = load_problem(dataclasses.replace(tiny(name), **changes), seq_len=16, global_batch=8)
+    model = TracedModel(found.traced, found.opt_state, CLUSTER)
+    place = placed(model, tensor=4, batch_shards=2)
+    flows = [f for f in place.flows if f.axes == (TENSOR,) and f.kind == "all_reduce" and f.region == "layers"]
+    return {
+        p: [(float(np.max(f.bytes)), f.times("none")) for f in flows if f.phase == p] for p in ("forward", "backward")
+    }
+
+
+def test_a_routers_gradient_is_summed_in_its_own_width():
+    found = tensor_sums("mixtral-8x7b")
+    (narrow, _) = max(found["forward"])
+    assert (2 * narrow, 2) in found["backward"]  # once per layer, float32 beside bfloat16
+    # Queries' and keys' input, and what goes to experts.
+    assert sum(times for nbytes, times in found["backward"] if nbytes == narrow) == 2 * 2
+
+
+def test_sums_of_a_shared_expert_stand_beside_the_experts_own():
+    found = tensor_sums("qwen1.5-moe-a2.7b")
+    (narrow, _) = max(found["forward"])
+    # Attention's input; up and gate of the shared expert apart; and what goes to experts.
+    assert sum(times for nbytes, times in found["backward"] if nbytes == narrow) == 2 * 4
+
+
+@pytest.mark.parametrize("vocab, sequence, sums", [(54, True, 2), (54, False, 1), (56, True, 1)])
+def test_a_tied_table_that_tensor_does_not_split_is_summed_once_per_use(vocab, sequence, sums):
+    config = dataclasses.replace(tiny("llama-3.2-1b"), vocab=vocab)
+    found = load_problem(config, seq_len=16, global_batch=8)
+    model = TracedModel(found.traced, found.opt_state, CLUSTER)
+    place = placed(model, tensor=4, batch_shards=2, sequence=sequence)
+    table = [f for f in place.flows if "data" in f.axes and f.region in ("first", "last")]
+    elements = max(float(np.max(f.bytes)) for f in table) / 2
+    assert elements == pytest.approx(sums * vocab * 32, rel=0.05)

@@ -21,6 +21,7 @@ from search.verify import (
     operation,
     partitioner_warnings,
     sent_bytes,
+    traffic,
     unplanned,
     verification,
 )
@@ -201,6 +202,19 @@ def test_traffic_is_told_by_axes_beside_the_plan(name):
     for row in found.traffic:  # what is sent beyond the plan is told
         beyond = row.sent - row.planned > max(0.1 * wanted, 2**20)
         assert beyond == any(f"over {'+'.join(row.axes)} a device sends" in line for line in found.warnings)
+
+
+def test_what_the_compiler_sends_again_is_told_apart():
+    model, plan = problem("v5e_fsdp")
+    found = [c for c in hlo.collectives(hlo.parse(read_case("v5e_fsdp")), plan.mesh) if c.axes]
+    rows = traffic(found, model, plan)
+    assert all(row.again == 0 for row in rows)
+    twice = [*found, dataclasses.replace(found[0], name=f"{found[0].name}.remat")]
+    (more,) = (row for row in traffic(twice, model, plan) if row.axes == found[0].axes)
+    once = next(row for row in rows if row.axes == found[0].axes)
+    assert more.again == more.sent - once.sent > 0
+    (line,) = unplanned([dataclasses.replace(more, planned=0.0)], twice)
+    assert f"({more.again / GIB:.2f} GiB a second time, for want of memory)" in line
 
 
 def test_time_adds_up_and_products_are_those_of_the_step():
