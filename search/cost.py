@@ -279,8 +279,7 @@ class CostModel:
                 seconds, volume = np.where(kept, 0.0, seconds), np.where(kept, 0.0, volume)
             credit_xn = _credit(flow, sizes)
             region = REGIONS.index(flow.region)
-            sums = flow.hides and flow.kind != "all_gather" and STAGE not in flow.axes
-            alone = self.efficiency.sums_waited if sums else 0.0
+            alone = self.efficiency.sums_waited if flow.waits else 0.0
             if flow.phase == "step":
                 (step_hidden if flow.hides else step_exposed)[region] += credit_xn * seconds * (1 - alone)
                 step_exposed[region] += credit_xn * seconds * alone

@@ -79,8 +79,8 @@ class Efficiency:
         kernels_cover, loops_cover: share of the kernels (attention, experts) and of the loops that collectives may run
             behind, beside XLA's products: 1 where they have streams of their own; XLA for TPUs runs them within the
             fusions of products, and of few others.
-        sums_waited: share of the sums of gradients that is waited for: of each iteration of a loop the last have
-            nothing left to run behind.
+        sums_waited: share of the sums of gradients that is waited for where they are cut into shards or are those of
+            experts, which a call sums at its end: XLA for GPUs hides all-reduces, but not these.
         sums_behind_weights: 1 where all-reduces of the backward pass (gradients of inputs, over tensor) run behind the
             products of the weights' gradients, which do not wait for them: XLA's scheduler for GPUs does it.
         in_pieces: 1 where those over tensor and context run as a ring, one piece per member, each piece behind the

@@ -42,6 +42,7 @@ class Flow:
         summed_bytes: instead of `bytes` with more than one microbatch (gradients summed in a wider dtype).
         region: the part of the model it belongs to.
         again: whether it gathers once more what the forward pass had gathered, unless that is kept.
+        waits: whether a share of it is waited for though it may hide (`Efficiency.sums_waited`).
     """
 
     kind: Kind
@@ -55,6 +56,7 @@ class Flow:
     summed_bytes: float | Floats | None = None
     region: Region = "layers"
     again: bool = False
+    waits: bool = False
 
     def __post_init__(self):
         if self.phase == "step" and self.batch:

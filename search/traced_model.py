@@ -67,6 +67,7 @@ class _ParamClass:
     region: ParamRegion
     sums: float
     apart: float  # the same where uses of one parameter are summed one by one
+    of_experts: bool  # a matrix that a call of `experts` takes
 
 
 def _routed(layout: Layout) -> Routed | None:
@@ -257,6 +258,7 @@ class TracedModel:
         regions = param_regions(layout, self.repeats)
         sums, apart = (gradient_sums(layout, merges=merges) for merges in (self.merges, False))
         trained = jax.tree.leaves(trainable(layout.traced.arg(layout.params)))
+        called = any(isinstance(found.call, ExpertsCall) for found in layout.table.calls.values())
         inputs = layout.table.inputs(layout.params)
         for path, dims, region, summed, each, moves in zip(paths, inputs, regions, sums, apart, trained, strict=True):
             leaf = params[path]
@@ -284,6 +286,7 @@ class TracedModel:
                     region,
                     summed,
                     each,
+                    called and any(r is not None and r.role == "expert" for row in rows for r in row),
                 )
             )
         return list(found.values()), not regular
@@ -313,7 +316,7 @@ class TracedModel:
             gathered = any(FSDP in entry for entry in rest.entries) and FSDP not in split
             # XLA does not merge the sums of a tied table whose uses have different tokens on the members of tensor.
             sums = c.apart if inner.sequence and inner.tensor > 1 and TENSOR not in split else c.sums
-            use = (split, gathered, c.trips, c.trained and self.training, c.itemsize, sums, regions[0])
+            use = (split, gathered, c.trips, c.trained and self.training, c.itemsize, sums, regions[0], c.of_experts)
             traffic[use] = traffic.get(use, 0.0) + c.count * c.elements * c.itemsize
         if self._whole_optimizer:
             full = self.layout.on(mesh, inner.preset(fsdp))

@@ -428,7 +428,7 @@ def param_flows(traffic: Sequence[Mapping[Any, float]], *, merges: bool, expert:
     Args:
         traffic: per fsdp size, the last being the one without data parallelism: bytes by mesh axes that split a
             parameter while computing, whether fsdp is gathered besides, trips, whether it has a gradient, bytes of an
-            element, number of its gradients that are summed apart, and region.
+            element, number of its gradients that are summed apart, region, and whether it is a matrix of experts.
         merges: whether the compiler makes one sum of those over the batch and over context.
         expert: size of the mesh axis.
     """
@@ -436,7 +436,7 @@ def param_flows(traffic: Sequence[Mapping[Any, float]], *, merges: bool, expert:
     sums: dict[Any, np.ndarray] = {}
     last = len(traffic) - 1
     for i, by_class in enumerate(traffic):
-        for (split, gathered, trips, floating, itemsize, parts, region), bytes_ in by_class.items():
+        for (split, gathered, trips, floating, itemsize, parts, region, of_experts), bytes_ in by_class.items():
             if gathered:
                 found = gathers.setdefault((split, trips, region), np.zeros(len(traffic)))
                 found[i] += bytes_ / trips
@@ -452,7 +452,8 @@ def param_flows(traffic: Sequence[Mapping[Any, float]], *, merges: bool, expert:
                 kinds.insert(0, ("all_reduce", (CONTEXT,)))
             for kind, axes in kinds:
                 # What is gathered in a loop or not is summed in the backward pass that made it.
-                key = (kind, axes, split, trips if gathered else 0, region)
+                waits = kind == "reduce_scatter" or of_experts
+                key = (kind, axes, split, trips if gathered else 0, region, waits)
                 found = sums.setdefault(key, np.zeros((2, len(traffic))))
                 found[:, i] += parts * bytes_, parts * bytes_ * max(1.0, 4 / itemsize)
     flows = []
@@ -468,12 +469,13 @@ def param_flows(traffic: Sequence[Mapping[Any, float]], *, merges: bool, expert:
             flows.append(
                 Flow("all_gather", (FSDP,), bytes_, split, "backward", True, False, count, region=region, again=True)
             )
-    for (kind, axes, split, trips, region), (bytes_, summed) in sums.items():
+    for (kind, axes, split, trips, region, waits), (bytes_, summed) in sums.items():
         if trips:
             count = {"": float(trips)}
-            flows.append(Flow(kind, axes, bytes_ / trips, split, "backward", True, False, count, region=region))
+            one = Flow(kind, axes, bytes_ / trips, split, "backward", True, False, count, region=region, waits=waits)
         else:
-            flows.append(Flow(kind, axes, bytes_, split, "step", True, False, {"": 1.0}, summed, region))
+            one = Flow(kind, axes, bytes_, split, "step", True, False, {"": 1.0}, summed, region, waits=waits)
+        flows.append(one)
     return flows
 
 

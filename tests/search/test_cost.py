@@ -493,7 +493,7 @@ def test_products_read_whole_what_sequence_parallelism_splits_between_blocks():
 
 @pytest.mark.parametrize("kind, phase, waits", [("all_gather", "forward", 0), ("reduce_scatter", "backward", 0.86)])
 def test_a_share_of_the_sums_of_gradients_is_waited_for(kind, phase, waits):
-    flow = Flow(kind, (FSDP,), 1e6, (), phase, True, False, {"": 1.0})
+    flow = Flow(kind, (FSDP,), 1e6, (), phase, True, False, {"": 1.0}, waits=bool(waits))
     place = by_hand(flows=(flow,), batch_shards=8, fsdp_sizes=(8,))
     op = dataclasses.replace(one_product().ops[0], phase=phase)
     efficiency = Efficiency(sums_waited=0.86, overlap_slowdown=1.0)
@@ -558,3 +558,29 @@ def test_a_tied_table_that_tensor_does_not_split_is_summed_once_per_use(vocab, s
     table = [f for f in place.flows if "data" in f.axes and f.region in ("first", "last")]
     elements = max(float(np.max(f.bytes)) for f in table) / 2
     assert elements == pytest.approx(sums * vocab * 32, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name, shards, waiting", [("llama-3.2-1b", (8, 8), {"reduce_scatter"}), ("llama-3.2-1b", (8, 2), set())]
+)
+def test_sums_that_are_cut_into_shards_wait_and_all_reduces_hide(name, shards, waiting):
+    found = load_problem(tiny(name), seq_len=16, global_batch=8)
+    model = TracedModel(found.traced, found.opt_state, CLUSTER)
+    batch, fsdp = shards
+    place = placed(model, batch_shards=batch)
+    i = place.fsdp_sizes.index(fsdp)
+    sums = [f for f in place.flows if f.hides and f.kind != "all_gather" and np.broadcast_to(f.bytes, 4)[i] > 1e3]
+    assert {f.kind for f in sums if f.waits} == waiting
+    assert any(not f.waits for f in sums)  # what is not split over fsdp
+
+
+def test_sums_of_experts_matrices_wait():
+    found = load_problem(tiny("mixtral-8x7b"), seq_len=16, global_batch=8)
+    model = TracedModel(found.traced, found.opt_state, CLUSTER)
+    place = placed(model, batch_shards=8)
+    i = place.fsdp_sizes.index(2)
+    sums = [f for f in place.flows if f.kind == "all_reduce" and f.hides and np.broadcast_to(f.bytes, 4)[i] > 0]
+    waits = sum(float(np.broadcast_to(f.bytes, 4)[i]) * f.times("none") for f in sums if f.waits)
+    matrices = sum(math.prod(x.shape) for x in jax.tree.leaves(model.layout.traced.arg("params")) if len(x.shape) == 4)
+    assert waits == pytest.approx(matrices * 2, rel=1e-6)
+    assert any(not f.waits for f in sums)
