@@ -8,11 +8,13 @@ over layers keep for the backward pass as written once and read once, which XLA 
 out of it. `loop_traffic` and `stack_traffic` of `search.efficiency.Efficiency` are what these two are multiplied by for
 compiled software, fitted here on the seconds of memory-bound operations, copies and prefetches in the compiled
 schedules (`search.roofline`) of models whose order no benchmark here compares, several rematerialisations each.
-`unhidden` is the share of the gathers and scatters of sequence parallelism that those schedules wait for. Of a mixture
-of experts, `routed_traffic` is what sorting tokens by experts and back moves of what the model writes out, and
-`matrix_copies` how often gathered matrices of experts are copied: what is left of the memory's seconds when all else is
-taken off, over plans with tensor 1, 2 and 4, which have more of the first and less of the second. Of parameters that a
-device has to itself, `weight_copies` (GPUs) is what the memory's seconds grow by with data parallelism beyond the cast
+`unhidden` is the share of the gathers and scatters of sequence parallelism that those schedules wait for; on GPUs with
+what it takes to write once what they move in another order: XLA does, as the sequence is not the leading dimension.
+
+Of a mixture of experts, `routed_traffic` is what sorting tokens by experts and back moves of what the model writes out,
+and `matrix_copies` how often gathered matrices of experts are copied: what is left of the memory's seconds when all
+else is taken off, over plans with tensor 1, 2 and 4, which have more of the first and less of the second. Of parameters
+that a device has to itself, `weight_copies` (GPUs) is what the memory's seconds grow by with data parallelism beyond the cast
 and the optimizer, `update_copies` (TPUs) what copies grow by with ZeRO-1, and `sums_waited` (GPUs) the share of the
 sums of gradients in shards that schedules wait for (all-reduces hide).
 
@@ -220,12 +222,16 @@ def points(
             for taken in time_.collectives
             if taken.collective.axes == (TENSOR,) and taken.collective.kind != "all_reduce" and fix["sequence"]
         ]
+        reordered = 2 * sum(taken.collective.bytes * taken.collective.times for taken in scattered) / bandwidth
+        reordered *= loaded.cluster.accelerator.kind == "gpu"
+        total, waited = (sum(getattr(taken, name) * taken.collective.times for taken in scattered) for name in TIMES)
         point = Point(
             f"{plan.mesh} {plan.remat} m{plan.microbatches}{' sequence' if fix['sequence'] else ''}",
             float(found["loops"][0] / bandwidth),
             float(found["stacks"][0] / bandwidth),
             float(seconds),
-            *(sum(getattr(taken, name) * taken.collective.times for taken in scattered) for name in TIMES),
+            total,
+            waited + reordered,
             routed=float(found["routed"][0] / bandwidth),
             matrices=float(found["matrices"][0] / bandwidth),
         )

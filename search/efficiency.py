@@ -75,7 +75,7 @@ class Efficiency:
         overlap_slowdown: of both sides while compute and a collective run together: 1.13 measured by Galvatron
             (github.com/PKU-DAIR/Hetu-Galvatron, overlap coefficient).
         unhidden: share of the collectives between operations that is waited for, the rest runs behind the products it
-            feeds (XLA's collective matmul, Wang et al. 2023).
+            feeds (XLA's collective matmul, Wang et al. 2023); on GPUs with copies of what is gathered along a sequence.
         kernels_cover, loops_cover: share of the kernels (attention, experts) and of the loops that collectives may run
             behind, beside XLA's products: 1 where they have streams of their own; XLA for TPUs runs them within the
             fusions of products, and of few others.
