@@ -14,9 +14,9 @@ what it takes to write once what they move in another order: XLA does, as the se
 Of a mixture of experts, `routed_traffic` is what sorting tokens by experts and back moves of what the model writes out,
 and `matrix_copies` how often gathered matrices of experts are copied: what is left of the memory's seconds when all
 else is taken off, over plans with tensor 1, 2 and 4, which have more of the first and less of the second. Of parameters
-that a device has to itself, `weight_copies` (GPUs) is what the memory's seconds grow by with data parallelism beyond the cast
-and the optimizer, `update_copies` (TPUs) what copies grow by with ZeRO-1, and `sums_waited` (GPUs) the share of the
-sums of gradients in shards that schedules wait for (all-reduces hide).
+that a device has to itself, `weight_copies` (GPUs) is what the memory's seconds grow by with data parallelism beyond
+the cast and the optimizer, `update_copies` (TPUs) what copies grow by with ZeRO-1, and `sums_waited` (GPUs) the share
+of the sums of gradients in shards that schedules wait for (all-reduces hide).
 
 Bar: of each accelerator and of all of a kind, the constants in `redco_like/validation/fit.py` are within a fifth of
 those found. The last line is JSON; exit 1 on a missed bar.

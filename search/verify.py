@@ -49,18 +49,18 @@ class Traffic:
         sent: bytes that a device sends: with n members and a buffer of V bytes, (n-1)/n V for an all-gather, a
             reduce-scatter and an all-to-all, twice that for an all-reduce, V for a permute.
         planned: the same by the planner.
-        again: of `sent`, what the compiler sends once more than the program does, as the memory has no room to keep it.
         asynchronous: of `sent`, what runs beside compute.
         seconds: on the links, hidden or not (analytic).
+        again: of `sent`, what the compiler sends once more than the program does, as the memory has no room to keep it.
     """
 
     axes: tuple[str, ...]
     counts: Mapping[str, int]
     sent: float
     planned: float
-    again: float
     asynchronous: float
     seconds: float
+    again: float = 0.0
 
     @property
     def ratio(self) -> float | None:
@@ -286,7 +286,7 @@ def traffic(found: list[hlo.Collective], model: Model, plan: Plan) -> tuple[Traf
             again += moved * (".remat" in c.name)
             asynchronous += moved * c.asynchronous
             seconds += c.times * float(collective_seconds(model.costs.cluster, c.kind, c.bytes, c.sizes, c.strides))
-        rows.append(Traffic(axes, counts, sent, planned.get(axes, 0.0), again, asynchronous, seconds))
+        rows.append(Traffic(axes, counts, sent, planned.get(axes, 0.0), asynchronous, seconds, again))
     return tuple(sorted(rows, key=lambda row: -max(row.sent, row.planned)))
 
 

@@ -240,7 +240,7 @@ def test_unplanned_traffic_is_told_with_its_lines():
     _, plan = problem("v5e_sequence")
     found = [c for c in hlo.collectives(module, plan.mesh) if c.axes]
     axes = found[0].axes
-    row = Traffic(axes, {"all_gather": 3}, 10 * GIB, 1 * GIB, 2 * GIB, 0.0, 1.0)
+    row = Traffic(axes, {"all_gather": 3}, 10 * GIB, 1 * GIB, 0.0, 1.0)
     (line,) = unplanned([row], found)
     assert line.startswith(f"over {'+'.join(axes)} a device sends 10.00 GiB, planned 1.00")
     assert ".py:" in line
