@@ -8,10 +8,10 @@ With M microbatches, C and X the seconds of compute and of collectives that may 
 
     step = M (compute + exposed) + exposed gradients + optimizer                                     without stages
     step = makespan(forward and backward of every stage) + exposed gradients + optimizer             with stages
-    overlapped   C + exposed(C, X),  exposed = s X if X <= C, else X - C + s C,  s = 0.13    slowed while both run
+    overlapped   C + exposed(C, X),  exposed = s X if X <= C, else X - C + s C, s = overlap_slowdown - 1
     exposed      collectives over tensor, context and expert, between which a device has nothing else to do
     hidden       gathers and reduce-scatters of fsdp behind the pass they belong to; the gradients' all-reduce, once per
-                 step, behind the backward pass of the last microbatch
+                 step, behind the backward pass of the last microbatch; less what compilers wait for (`Efficiency`)
 
 The makespan is that of `search.schedules`, exact: bubbles, uneven ends (embedding, head) and the transfers between
 stages are in it (Pipette's hidden critical path, arXiv 2405.18093, is what 1F1B's simulation shows). With the
@@ -35,10 +35,23 @@ import numpy as np
 import numpy.typing as npt
 
 from search.cluster import Cluster
-from search.collectives import Kind, collective_seconds, lower_bound_seconds
 from search.efficiency import Efficiency
+from search.flow_times import FlowTimes, told_under, update_flows
 from search.op_times import PASSES, PRODUCTS, OpTimes, Routed, peak_flops
-from search.placement import REGIONS, Bools, Columns, Floats, Flow, Placement, Variant, axis_sizes, numbering
+from search.placement import (
+    GRADIENTS,
+    PARAMS,
+    REGIONS,
+    STATE,
+    Bools,
+    Columns,
+    Floats,
+    Flow,
+    Placement,
+    Variant,
+    axis_sizes,
+    numbering,
+)
 from search.plan import DTYPES, Remat, Vocab
 from search.schedule_times import makespan, makespan_bound
 from search.workload import Workload
@@ -46,8 +59,6 @@ from sharding_rules import AXES, DATA, STAGE
 
 HOST_BYTES_PER_SECOND = {"gpu": 25e9, "tpu": 16e9, "cpu": 10e9}
 """Link of a device to its host, one direction: PCIe 4.0 x16 attains about 25 GB/s; a TPU host's share is assumed."""
-PARAMS, GRADIENTS, STATE = range(3)
-"""Rows of `Placement.held`."""
 VOCABS: tuple[Vocab, ...] = ("ends", "spread")
 
 
@@ -157,6 +168,7 @@ class CostModel:
         self.ops = [
             OpTimes(work, self.row_names, is_batch, cluster, attained, layers, routed) for work in works.values()
         ]
+        self.flows = FlowTimes(cluster, attained, self.remats)
         self._attain(cluster, attained)
         self.trains = any(op.phase == "backward" for op in next(iter(works.values())).ops)
         self.model_flops = min(work.product_flops for work in works.values())
@@ -171,12 +183,11 @@ class CostModel:
         other = copy.copy(self)
         attained = efficiency or cluster.efficiency or Efficiency()
         other.ops = [ops.on(cluster, attained) for ops in self.ops]
+        other.flows = self.flows.on(cluster, attained)
         other._attain(cluster, attained)
         return other
 
     def _attain(self, cluster: Cluster, efficiency: Efficiency) -> None:
-        if getattr(self, "cluster", None) != cluster:
-            self._collectives: dict[Any, Floats] = {}
         self.cluster, self.efficiency = cluster, efficiency
         self.bandwidth = efficiency.bandwidth * cluster.accelerator.memory_bytes_per_second
         self.host_bandwidth = HOST_BYTES_PER_SECOND[cluster.accelerator.kind]
@@ -274,23 +285,23 @@ class CostModel:
         beside = np.zeros(shape[1:])
         kept = ~columns.flags("regather").astype(bool)
         flows = [*place.flows, *self._vocab_flows(place, vocab)]
-        for flow, seconds, volume in self._flow_seconds(flows, columns, sizes, strides):
+        for flow, seconds, volume in self.flows.seconds(flows, columns, sizes, strides):
             if flow.again:
                 seconds, volume = np.where(kept, 0.0, seconds), np.where(kept, 0.0, volume)
-            credit_xn = _credit(flow, sizes)
+            told_xn = told_under(flow, sizes)
             region = REGIONS.index(flow.region)
-            alone = self.efficiency.sums_waited if flow.waits else 0.0
+            alone = self.flows.alone(flow)
             if flow.phase == "step":
-                (step_hidden if flow.hides else step_exposed)[region] += credit_xn * seconds * (1 - alone)
-                step_exposed[region] += credit_xn * seconds * alone
-                step_moved[region] += credit_xn * volume
+                (step_hidden if flow.hides else step_exposed)[region] += told_xn * seconds * (1 - alone)
+                step_exposed[region] += told_xn * seconds * alone
+                step_moved[region] += told_xn * volume
             else:
-                into = hidden if self._hides(flow) else exposed
-                waited = self._waited(flow, sizes)
-                into[int(flow.phase == "backward"), region] += credit_xn * seconds * waited * (1 - alone)
-                exposed[int(flow.phase == "backward"), region] += credit_xn * seconds * waited * alone
-                beside[region] += credit_xn * seconds * (1 - waited)
-                moved[region] += credit_xn * volume
+                into = hidden if self.flows.hides(flow) else exposed
+                waited = self.flows.waited(flow, sizes)
+                into[int(flow.phase == "backward"), region] += told_xn * seconds * waited * (1 - alone)
+                exposed[int(flow.phase == "backward"), region] += told_xn * seconds * waited * alone
+                beside[region] += told_xn * seconds * (1 - waited)
+                moved[region] += told_xn * volume
 
         def on_stages(x: Floats) -> Floats:
             """Regions shared out over the stages: the third dimension from the right becomes the second."""
@@ -319,7 +330,7 @@ class CostModel:
             return np.zeros(len(columns))
         local = math.prod((sizes[axis] for axis in place.boundary_split), start=np.ones(len(columns)))
         volume = place.boundary_bytes / local / columns.microbatches
-        return self._collective("permute", volume, (sizes[STAGE],), (strides[STAGE],))
+        return self.flows.collective("permute", volume, (sizes[STAGE],), (strides[STAGE],))
 
     def _vocab_flows(self, place: Placement, vocab: Vocab) -> list[Flow]:
         """A vocabulary spread over the stages: the last activation goes to all of them, and its gradient is summed."""
@@ -341,7 +352,7 @@ class CostModel:
         sharded = columns.flags("optimizer_sharding").astype(bool)
         if not sharded.any():
             return seconds, moved
-        for flow, each, volume in self._flow_seconds(_update_flows(place), columns, *numbering(place, columns)):
+        for flow, each, volume in self.flows.seconds(update_flows(place), columns, *numbering(place, columns)):
             on_stage_k = weights_kr[:, REGIONS.index(flow.region), None]
             seconds[AXES.index(DATA)] += on_stage_k * np.where(sharded, each, 0.0)
             moved[AXES.index(DATA)] += on_stage_k * np.where(sharded, volume, 0.0)
@@ -432,14 +443,7 @@ class CostModel:
         """
         sizes = {axis: float(size[0]) for axis, size in axis_sizes(place, np.ones(1)).items()}
         seconds = self.ops[remat].bound(place, np.array(list(sizes.values())))
-        attained = max(self.efficiency.links, self.efficiency.network)
-        for flow in place.flows:
-            if not self._hides(flow) and flow.phase != "step":
-                size = math.prod(sizes[axis] for axis in flow.axes)
-                volume = float(np.min(flow.bytes)) / math.prod(sizes[axis] for axis in flow.split)
-                once = lower_bound_seconds(self.cluster, flow.kind, volume, size)
-                waited = 1.0 if flow.kind == "all_reduce" else self.efficiency.waited(flow.axes, size)
-                seconds += float(waited / attained * once) * flow.times(self.remats[remat])
+        seconds += sum(self.flows.bound(flow, self.remats[remat], sizes) for flow in place.flows)
         held_3f = place.held.sum(1)
         update = float((2 * held_3f[PARAMS] + held_3f[GRADIENTS] + 2 * held_3f[STATE]).min())
         update /= place.batch_shards if sharded else 1
@@ -520,70 +524,16 @@ class CostModel:
         """
         kept = ~columns.flags("regather").astype(bool)
         sizes, strides = numbering(place, columns)
-        for flow, seconds, volume in self._flow_seconds(place.flows, columns, sizes, strides):
+        for flow, seconds, volume in self.flows.seconds(place.flows, columns, sizes, strides):
             runs = np.where(kept & flow.again, 0.0, 1.0)
-            yield flow, seconds * self._waited(flow, sizes) * runs, volume * runs
+            yield flow, seconds * self.flows.waited(flow, sizes) * runs, volume * runs
         sharded = np.where(columns.flags("optimizer_sharding"), 1.0, 0.0)
         if sharded.any():
-            for flow, seconds, volume in self._flow_seconds(_update_flows(place), columns, sizes, strides):
+            for flow, seconds, volume in self.flows.seconds(update_flows(place), columns, sizes, strides):
                 yield flow, seconds * sharded, volume * sharded
-
-    def _hides(self, flow: Flow) -> bool:
-        """Whether a collective of a microbatch may run behind compute as a whole."""
-        sums = flow.kind == "all_reduce" and flow.phase == "backward" and STAGE not in flow.axes
-        return flow.hides or (sums and self.efficiency.sums_behind_weights > 0)
-
-    def _waited(self, flow: Flow, sizes: Mapping[str, Floats]) -> Floats:
-        """Share of a collective's seconds that is waited for, or may hide behind compute as a whole."""
-        size = math.prod((sizes[axis] for axis in flow.axes), start=np.ones_like(sizes[DATA]))
-        # Of an all-reduce nothing can start before the whole product is there: no pieces to run beside what they feed.
-        whole = flow.hides or flow.phase == "step" or flow.kind == "all_reduce"
-        return np.ones_like(size) if whole else self.efficiency.waited(flow.axes, size)
-
-    def _flow_seconds(
-        self, flows: Sequence[Flow], columns: Columns, sizes: Mapping[str, Floats], strides: Mapping[str, Floats]
-    ) -> Iterator[tuple[Flow, Floats, Floats]]:
-        """Flows with their seconds, and bytes of their buffers on a device, per microbatch or per step."""
-        m = columns.microbatches
-        alike: dict[tuple[Kind, tuple[str, ...]], list[tuple[Flow, Floats]]] = {}
-        for flow in flows:
-            volume = _pick(flow.bytes, columns)
-            if flow.summed_bytes is not None:
-                volume = np.where(m > 1, _pick(flow.summed_bytes, columns), volume)
-            volume = volume / math.prod((sizes[axis] for axis in flow.split), start=np.ones(len(columns)))
-            alike.setdefault((flow.kind, flow.axes), []).append((flow, volume / m if flow.batch else volume))
-        for (kind, axes), group in alike.items():
-            at = tuple(sizes[axis] for axis in axes), tuple(strides[axis] for axis in axes)
-            seconds_fn = self._collective(kind, np.stack([volume for _, volume in group]), *at)
-            for (flow, volume), once in zip(group, seconds_fn, strict=True):
-                times = np.array([flow.times(remat) for remat in self.remats])[columns.remat]
-                yield flow, once * times, volume * times
-
-    def _collective(self, kind: Kind, volume: Floats, sizes: Sequence[Floats], strides: Sequence[Floats]) -> Floats:
-        """Seconds of a collective by what links attain; one that leaves the node is bound by the network."""
-        key = (kind, *(x.tobytes() for x in (volume, *sizes, *strides))) if volume.shape[-1] == 1 else None
-        seconds = self._collectives.get(key)
-        if seconds is None:
-            seconds = collective_seconds(self.cluster, kind, volume, tuple(sizes), tuple(strides))
-            if key is not None and len(self._collectives) < 4096:
-                self._collectives[key] = seconds
-        last = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-        inside = np.asarray(last) < self.cluster.devices_per_node
-        return seconds / np.where(inside, self.efficiency.links, self.efficiency.network)
 
     def _fsdp(self, place: Placement, columns: Columns) -> Floats:
         return np.array(place.fsdp_sizes, np.float64)[columns.fsdp]
-
-
-def _update_flows(place: Placement) -> list[Flow]:
-    """Gathers over data of parameters as they lie at rest, in their own dtype, by region; nothing is left to run beside
-    them.
-    """
-    params_rf = place.held[PARAMS]
-    return [
-        Flow("all_gather", (DATA,), params_f, (), "step", False, False, {"": 1.0}, region=region)
-        for region, params_f in zip(REGIONS, params_rf, strict=True)
-    ]
 
 
 def _alike(columns: Columns) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -622,20 +572,6 @@ def _virtual(x_kn: Floats, stages: int, chunks: int) -> Floats:
     out[:, 0] += first - inner
     out[:, -1] += last - inner
     return out
-
-
-def _credit(flow: Flow, sizes: Mapping[str, Floats]) -> Bools:
-    """The mesh axis that a flow's seconds are told under: the outermost of its axes that is larger than 1."""
-    credit = np.zeros((len(AXES), len(sizes[DATA])), dtype=bool)
-    free = np.ones(len(sizes[DATA]), dtype=bool)
-    for axis in flow.axes:
-        credit[AXES.index(axis)] = free & (sizes[axis] > 1)
-        free &= ~(sizes[axis] > 1)
-    return credit
-
-
-def _pick(bytes_: float | Floats, columns: Columns) -> Floats:
-    return np.asarray(bytes_, np.float64)[columns.fsdp] if np.ndim(bytes_) else np.full(len(columns), float(bytes_))  # type: ignore[arg-type]
 
 
 def _merge(parts: Sequence[StepSeconds], masks: Sequence[Bools]) -> StepSeconds:

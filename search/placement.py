@@ -24,6 +24,8 @@ from sharding_rules import AXES, DATA, FSDP, MeshShape
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 REGIONS: tuple[Region, ...] = ("layers", "first", "last")
+PARAMS, GRADIENTS, STATE = range(3)
+"""Rows of `Placement.held`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from search.cluster import Cluster
-from search.cost import PARAMS
 from search.efficiency import Efficiency
-from search.placement import REGIONS, Columns, Floats, Placement
+from search.placement import PARAMS, REGIONS, Columns, Floats, Placement
 from search.plan import Plan
 from search.space import Space
 from search.subcluster import part_of
