@@ -236,7 +236,8 @@ def child_of_this(pid):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_child_dies_with_its_parent_and_the_folder_goes(tmp_path, temporary, number):
     code = (
-        "import sys, tempfile; sys.path.insert(0, {here!r})\n"
+        "import signal, sys, tempfile; sys.path.insert(0, {here!r})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits it as ignored
         "from search import compiler\n"
         "from search.topology import Target\n"
         "compiler.toolchain = lambda target: {{}}\n"
